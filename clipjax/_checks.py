@@ -1,0 +1,129 @@
+"""What is said to a user whose argument cannot be right.
+
+A tracer has no value yet and a schedule has one a step: neither can be checked here.
+"""
+
+import numbers
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def positive(**values: Any) -> None:
+    """Raises unless every value is above zero."""
+    for name, value in _concrete(values):
+        if not value > 0:  # also refuses NaN
+            raise ValueError(f"{name} must be positive, but is {value!r}.")
+
+
+def not_negative(**values: Any) -> None:
+    """Raises unless every value is zero or more."""
+    for name, value in _concrete(values):
+        if not value >= 0:
+            raise ValueError(f"{name} must not be negative, but is {value!r}.")
+
+
+def between(low: int | float, high: int | float, **values: Any) -> None:
+    """Raises unless every value lies in [low, high]."""
+    for name, value in _concrete(values):
+        if not low <= value <= high:
+            raise ValueError(
+                f"{name} must lie between {low} and {high}, but is {value!r}."
+            )
+
+
+def at_least(low: int | float, **values: Any) -> None:
+    """Raises unless every value is `low` or more."""
+    for name, value in _concrete(values):
+        if not value >= low:
+            raise ValueError(f"{name} must be at least {low}, but is {value!r}.")
+
+
+def whole(least: int, **values: Any) -> None:
+    """Raises unless every value is a Python integer of at least `least`."""
+    for name, value in values.items():
+        if isinstance(value, jax.core.Tracer):
+            raise TypeError(
+                f"{name} sets the size of an array and must be a Python integer, but"
+                " is traced. Under `optax.inject_hyperparams`, name it in"
+                " `static_args`."
+            )
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise TypeError(
+                f"{name} must be an integer, but is {value!r} of type"
+                f" {type(value).__name__}."
+            )
+        if int(value) < least:
+            raise ValueError(f"{name} must be at least {least}, but is {value!r}.")
+
+
+def function(**values: Any) -> None:
+    """Raises unless every value can be called."""
+    for name, value in values.items():
+        if not callable(value):
+            raise TypeError(
+                f"{name} must be a function, but is {value!r} of type"
+                f" {type(value).__name__}. Pass the function itself."
+            )
+
+
+def has_method(method: str, **values: Any) -> None:
+    """Raises unless every value is an object with this method."""
+    for name, value in values.items():
+        if isinstance(value, type) or not callable(getattr(value, method, None)):
+            raise TypeError(
+                f"{name} must be a value with a method `{method}`, but is {value!r}."
+                " Pass an instance."
+            )
+
+
+def one_of(*kinds: type, **values: Any) -> None:
+    """Raises unless every value is an instance of one of these classes."""
+    for name, value in values.items():
+        if not isinstance(value, kinds):
+            names = " or ".join(f"`{kind.__name__}()`" for kind in kinds)
+            raise TypeError(f"{name} must be {names}, but is {value!r}.")
+
+
+def given_params(transform: str, params: Any) -> None:
+    """Raises where a transform that reads the parameters was not given them."""
+    if params is None:
+        raise ValueError(
+            f"{transform} reads the parameters, but params is None. Call"
+            " `tx.update(updates, state, params)`."
+        )
+
+
+def same_shape(transform: str, path: str, leaf: Any, param: Any) -> None:
+    """Raises unless an update has a parameter, and that of its own shape."""
+    if param is None:
+        raise ValueError(
+            f"{transform} found no parameter for the update at {path!r}. Pass the"
+            " parameters that the updates belong to."
+        )
+    if jnp.shape(leaf) != jnp.shape(param):
+        raise ValueError(
+            f"{transform} needs updates shaped like the parameters, but at {path!r} the"
+            f" update has shape {jnp.shape(leaf)} and the parameter"
+            f" {jnp.shape(param)}."
+        )
+
+
+def _concrete(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, jax.core.Tracer) or callable(value):
+            continue
+        if isinstance(value, bool) or not _is_scalar(value):
+            raise TypeError(
+                f"{name} must be a number, a scalar array or a schedule, but is"
+                f" {value!r} of type {type(value).__name__}."
+            )
+        yield name, value if isinstance(value, numbers.Number) else value.item()
+
+
+def _is_scalar(value: Any) -> bool:
+    if isinstance(value, numbers.Real):
+        return True
+    return hasattr(value, "dtype") and hasattr(value, "item") and value.ndim == 0

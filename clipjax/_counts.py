@@ -1,0 +1,126 @@
+"""Exact numbers of entries, traced, beyond what an int32 holds.
+
+Without 64-bit mode JAX has no int64, and a float32 cannot tell 10⁹ entries from
+10⁹ + 1.  Two int32 words, of 31 and 16 bits, hold every count up to 2⁴⁷, and 32,768
+devices can add theirs without a carry.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+from . import _meshes as meshes
+from ._types import Number
+
+_WORD = 1 << 16
+_DECIMALS = 10**7  # as fine as float32 is near one
+
+
+class Count(NamedTuple):
+    """The number high·2¹⁶ + low, with low in [0, 2¹⁶)."""
+
+    high: Int[Array, "..."]
+    low: Int[Array, "..."]
+
+    def __sub__(self, other: "Count") -> "Count":  # pyright: ignore[reportIncompatibleMethodOverride] -- of tuple
+        """Returns the difference, which may be negative."""
+        return normal(self.high - other.high, self.low - other.low)
+
+    def at_least(self, other: "Count") -> Array:
+        """Compares."""
+        more = self.high > other.high
+        return more | ((self.high == other.high) & (self.low >= other.low))
+
+    def equals(self, other: "Count") -> Array:
+        """Compares."""
+        return (self.high == other.high) & (self.low == other.low)
+
+    def to_float(self, dtype: type = jnp.float32) -> Float[Array, "..."]:
+        """Rounds to a float."""
+        return self.high.astype(dtype) * dtype(_WORD) + self.low.astype(dtype)
+
+
+def of(number: int | Int[Array, "..."] | UInt[Array, "..."] | Count) -> Count:
+    """Splits an integer, a Python one of any size, into two words."""
+    if isinstance(number, Count):
+        return number
+    if isinstance(number, int):
+        high, low = divmod(number, _WORD)
+        return Count(jnp.int32(high), jnp.int32(low))
+    high = (number >> 16).astype(jnp.int32)
+    return Count(high, (number & (_WORD - 1)).astype(jnp.int32))
+
+
+def normal(high: Int[Array, "..."], low: Int[Array, "..."]) -> Count:
+    """Carries what the low word cannot hold."""
+    return Count(high + (low >> 16), low & (_WORD - 1))
+
+
+def where(condition: Array, then: Count, other: Count) -> Count:
+    """Chooses elementwise."""
+    return Count(
+        *(jnp.where(condition, a, b) for a, b in zip(then, other, strict=True))
+    )
+
+
+def clip(count: Count, low: Count, high: Count) -> Count:
+    """Brings a count between two others; where they cross, `high` holds."""
+    raised = where(count.at_least(low), count, low)
+    return where(raised.at_least(high), high, raised)
+
+
+def stack(counts: list[Count]) -> Count:
+    """Stacks along a new first axis."""
+    return Count(*(jnp.stack(words) for words in zip(*counts, strict=True)))
+
+
+def total(counts: Count, axis: int = 0) -> Count:
+    """Sums along an axis."""
+    return normal(jnp.sum(counts.high, axis), jnp.sum(counts.low, axis))
+
+
+def running(counts: Count) -> Count:
+    """Returns at each place the sum of all that came before it, along axis 0."""
+    high, low = (jnp.cumsum(word, axis=0) - word for word in counts)
+    return normal(high, low)
+
+
+def zeros_of(sparsity: Number, size: int) -> Count:
+    """Returns ⌈sparsity·size⌉ exactly, the sparsity read to seven decimals.
+
+    A float32 0.999 is not 0.999, and of 10⁹ entries it keeps 999,987.  Read as the
+    decimal that was meant, it keeps 1,000,000.
+    """
+    parts = jnp.round(jnp.asarray(sparsity).astype(jnp.float32) * _DECIMALS)
+    parts = jnp.clip(parts, 0, _DECIMALS).astype(jnp.uint32)  # NaN becomes 0
+    whole, rest = divmod(size, _DECIMALS)
+    result, remainder = of(0), jnp.uint32(0)
+    for shift in (21, 14, 7, 0):  # long division, seven bits at a time
+        digits = (parts >> shift) & 127
+        numerator = remainder * jnp.uint32(128) + digits * jnp.uint32(rest)
+        remainder = numerator % _DECIMALS
+        step = of(digits * jnp.uint32(whole) + numerator // _DECIMALS)
+        result = normal(result.high * 128 + step.high, result.low * 128 + step.low)
+    return normal(result.high, result.low + (remainder > 0).astype(jnp.int32))
+
+
+def passing(conditions: Sequence[Bool[Array, "..."]]) -> UInt[Array, " n"]:
+    """Counts in one pass over memory how many entries meet each condition.
+
+    One reduction of several operands is one vectorized loop, ten times as fast on a CPU
+    as a sum by itself.  On a mesh XLA would gather its partial results; there, sums
+    become one all-reduce.
+    """
+    ones = [condition.astype(jnp.uint32) for condition in conditions]
+    if len(ones) == 1 or meshes.is_partitioned(ones[0]):
+        return jnp.stack([jnp.sum(x, dtype=x.dtype) for x in ones])
+
+    def add(left, right):
+        return tuple(a + b for a, b in zip(left, right, strict=True))
+
+    start = (np.uint32(0),) * len(ones)
+    return jnp.stack(lax.reduce(tuple(ones), start, add, tuple(range(ones[0].ndim))))

@@ -1,0 +1,53 @@
+"""Where an array lives: over which mesh axes a sum over it has to go.
+
+Under `jax.jit` the compiler adds the collectives itself.  Inside `jax.shard_map` every
+array is a local block: then the axes are named by the caller, and the array's own type
+says over which of them it differs (a replicated array is counted once).
+"""
+
+import math
+
+import jax
+from jaxtyping import Array
+
+from ._types import AxisName
+
+
+def axes_of(x: Array, axis_name: AxisName) -> tuple[str, ...]:
+    """Returns those of the named axes over which the blocks of `x` differ.
+
+    Where JAX does not track that (`check_vma=False`, `jax.vmap`), all of them.
+    """
+    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+    if not names or not all(_varying(jax.lax.axis_index(name)) for name in names):
+        return names
+    return tuple(name for name in names if name in _varying(x))
+
+
+def blocks(x: Array, axis_name: AxisName) -> int:
+    """Returns in how many different blocks the whole of `x` lies."""
+    return math.prod(jax.lax.axis_size(name) for name in axes_of(x, axis_name))
+
+
+def is_partitioned(x: Array) -> bool:
+    """Tells whether the compiler may have split `x` over devices."""
+    mesh = jax.typeof(x).sharding.mesh
+    kinds = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    manual = jax.sharding.AxisType.Manual
+    return any(size > 1 and kind != manual for size, kind in kinds)
+
+
+def like(values: Array, x: Array) -> Array:
+    """Lays out `values`, of the shape of `x`, as `x` itself lies on its mesh."""
+    sharding = jax.typeof(x).sharding
+    explicit = jax.sharding.AxisType.Explicit
+    if explicit in sharding.mesh.axis_types:
+        return jax.sharding.reshard(values, sharding)
+    return values
+
+
+def _varying(x: Array) -> frozenset:
+    kind = jax.typeof(x)
+    if hasattr(kind, "vma"):  # up to JAX 0.8
+        return kind.vma
+    return kind.manual_axis_type.varying

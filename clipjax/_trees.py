@@ -1,0 +1,96 @@
+"""Trees by path: one spelling of a leaf's place, whatever network it comes from.
+
+NNX shows `init` and `update` different trees of one network, so nothing but a path may
+be carried from one to the other.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
+
+from ._types import Number, Schedule
+
+
+def path(keys: tuple[Any, ...]) -> str:
+    """Spells a key path as `layers/0/kernel`, without the `.value` of a box."""
+    last = keys[-1] if keys else None
+    if isinstance(last, jax.tree_util.GetAttrKey) and last.name == "value":
+        keys = keys[:-1]
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def by_path(tree: PyTree) -> dict[str, Any]:
+    """Returns the leaves of a tree by path, in the tree's own order."""
+    pairs = jax.tree_util.tree_leaves_with_path(tree)
+    leaves = {path(keys): leaf for keys, leaf in pairs}
+    if len(leaves) < len(pairs):
+        names = [path(keys) for keys, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"Two leaves share the path {twice!r}. Rename one of them.")
+    return leaves
+
+
+def map_by_path(function: Callable[..., Any], tree: PyTree, *rest: Mapping) -> PyTree:
+    """Maps `function(leaf, entry, …)` over a tree, entries by path.
+
+    A leaf that one of the mappings does not name is left alone.
+    """
+
+    def one(keys, leaf):
+        name = path(keys)
+        if any(name not in entries for entries in rest):
+            return leaf
+        return function(leaf, *(entries[name] for entries in rest))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def floats(tree: PyTree) -> dict[str, Any]:
+    """Returns by path the leaves that hold floating-point numbers."""
+    return {name: x for name, x in by_path(tree).items() if is_float(x)}
+
+
+def is_float(leaf: Any) -> bool:
+    """Tells whether a leaf holds real or complex floating-point numbers."""
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+
+
+def is_number(leaf: Any) -> bool:
+    """Tells whether a leaf holds numbers, and not random keys."""
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.number)
+
+
+def wide(leaf: Any) -> Any:
+    """Casts a leaf to float32 or wider (complex64 or wider)."""
+    dtype = jnp.result_type(leaf)
+    is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
+    if dtype in (jnp.float64, jnp.complex128):
+        return leaf
+    return jnp.asarray(leaf, jnp.complex64 if is_complex else jnp.float32)
+
+
+def scale(leaf: Any, factor: Float[Array, "..."]) -> Any:
+    """Multiplies in float32 or wider, then rounds once to the leaf's own dtype."""
+    product = wide(leaf)
+    real = jnp.finfo(product.dtype).dtype
+    return (product * factor.astype(real)).astype(jnp.result_type(leaf))
+
+
+def scale_all(tree: PyTree, factor: Float[Array, ""]) -> PyTree:
+    """Scales every leaf that holds floating-point numbers."""
+    return jax.tree.map(lambda x: scale(x, factor) if is_float(x) else x, tree)
+
+
+def value_at(number: Number | Schedule, step: Int[Array, ""]) -> Float[Array, ""]:
+    """Returns a hyperparameter's value at this step, in float32."""
+    value = number(step) if callable(number) else number
+    return jnp.asarray(value).astype(jnp.float32)
+
+
+def next_step(step: Int[Array, ""]) -> Int[Array, ""]:
+    """Adds one, and stays at the last int32 rather than turn negative."""
+    last = jnp.iinfo(jnp.int32).max
+    return jnp.where(step < last, step + 1, step)

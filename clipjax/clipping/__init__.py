@@ -1,0 +1,1 @@
+"""Transforms that bound an update; their public names are those of `clipjax`."""

@@ -1,0 +1,118 @@
+"""Clipping against the recent past: no threshold to tune."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PyTree
+
+from .. import _checks as check, _trees as trees, norms
+from .._types import AxisName, Number
+from ..thresholds import WindowedQuantile
+from . import _state as states
+from ._response import shrink
+from ._state import ClipState
+
+_LEAST_PARAM_NORM = 1e-3  # as in adaptive gradient clipping
+
+
+class AdaptiveClipState(NamedTuple):
+    """What `adaptive_clip` remembers."""
+
+    clip: ClipState
+    norm_history: Float[Array, " window"]  # newest first, -1 where there is none yet
+
+
+def adaptive_clip(
+    *,
+    quantile: Number = 0.9,
+    factor: Number = 1.05,
+    growth: Number = 3.0,
+    start: Number = 0.01,
+    window: int = 64,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Clips the global norm to what was usual lately; needs no argument.
+
+    u ← u · Tₜ / max(Tₜ, nₜ), nₜ = ‖u‖₂, Tₜ = f·Q_q(n̂ₜ₋₁, …, n̂ₜ₋w), n̂ₜ = min(nₜ, g·Tₜ)
+
+    The threshold stands a little above the norms that are usual, so ordinary steps pass
+    bit for bit.  A spike comes out at the threshold and is remembered at no more than
+    g thresholds: it can neither lift the threshold nor hide the next one.  A lasting
+    rise passes as soon as it fills a tenth of the window, a rise of 10x after some 15
+    steps.
+
+    The first step has no past.  Its threshold is T₀ = s·max(‖θ‖₂, 10⁻³), a small share
+    of the parameters' own norm, and while the history is short the threshold can grow
+    by f·g a step: a bad first step cannot wreck the parameters, and a scale that is
+    far off costs a few steps.  Without `params` the first step passes unchanged.
+
+    A step with a NaN or an infinity becomes zero, is counted, and is not remembered.
+
+    Args:
+        quantile: q in [0, 1], which of the recent norms is the measure.
+        factor: f > 0, how far above it the threshold stands.
+        growth: g > 0, how many thresholds a norm is remembered at, at most.
+        start: s > 0, the first threshold relative to the parameters.
+        window: w ≥ 2, how many norms are remembered; a static integer.
+        axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
+
+    Example:
+        >>> tx = adaptive_clip()
+        >>> params = {"w": jnp.full(4, 500.0)}  # norm 1000, so T₀ is 10
+        >>> state = tx.init(params)
+        >>> for size in [1.0, 1.0, 1000.0]:
+        ...     updates = {"w": jnp.array([size, 0.0, 0.0, 0.0])}
+        ...     updates, state = tx.update(updates, state, params)
+        >>> updates["w"]
+        Array([1.05, 0.  , 0.  , 0.  ], dtype=float32)
+
+    Reference:
+        The windowed quantile is that of Prem Seetharaman, Gordon Wichern, Bryan Pardo,
+        Jonathan Le Roux, AutoClip: Adaptive Gradient Clipping for Source Separation
+        Networks, 2020, https://arxiv.org/abs/2007.14469; the bounded memory and the
+        first threshold are ours.
+    """
+    check.positive(start=start)
+    rule = WindowedQuantile(quantile, factor, growth, window)
+
+    def init(params):
+        del params
+        return AdaptiveClipState(states.first(), rule.empty())
+
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        norm = norms.global_norm(updates, scaled=True, axis_name=axis_name)
+        bound = jax.lax.cond(
+            state.norm_history[0] < 0,  # nothing is remembered
+            lambda: _first_threshold(params, start, axis_name),
+            lambda: rule.threshold(state.norm_history),
+        )
+        scale = shrink(norm, bound)
+        known = jnp.isfinite(norm)
+        new_state = AdaptiveClipState(
+            states.after(
+                state.clip,
+                norm=norm,
+                clipped_norm=norm * scale,
+                threshold=bound,
+                clipped=norm > bound,
+            ),
+            rule.remember(state.norm_history, norm.astype(jnp.float32), bound),
+        )
+        scaled = trees.scale_all(updates, scale)
+        zeroed = jax.tree.map(lambda u: jnp.where(known, u, jnp.zeros_like(u)), scaled)
+        return zeroed, new_state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _first_threshold(
+    params: PyTree, start: Number, axis_name: AxisName
+) -> Float[Array, ""]:
+    if params is None:
+        return jnp.asarray(jnp.inf, jnp.float32)
+    norm = norms.global_norm(params, scaled=True, axis_name=axis_name)
+    start = jnp.asarray(start, jnp.float32)
+    return start * jnp.maximum(norm.astype(jnp.float32), _LEAST_PARAM_NORM)

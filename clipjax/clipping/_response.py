@@ -1,0 +1,19 @@
+"""What becomes of an update whose norm is above its bound: it is scaled down."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def shrink(
+    norm: Float[Array, "..."], bound: Float[Array, "..."]
+) -> Float[Array, "..."]:
+    """Returns c / max(c, n): one, exactly, for a norm that is within its bound.
+
+    One also for a norm that is not finite.  The division comes last, where XLA does not
+    repeat it for every entry that is scaled.
+    """
+    bound = jnp.minimum(bound.astype(norm.dtype), jnp.finfo(norm.dtype).max)
+    known = jnp.where(jnp.isfinite(norm), norm, jnp.zeros_like(norm))
+    larger = jnp.maximum(bound, known)
+    # Zero only where both are; what is scaled is then zero too.
+    return bound / jnp.where(larger > 0, larger, jnp.ones_like(larger))

@@ -1,0 +1,53 @@
+"""What every clip by a norm remembers, so that `clipjax.metrics` need not measure."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from .. import _trees as trees
+
+
+class ClipState(NamedTuple):
+    """The last step of a clip, and how often it acted.
+
+    Norms are of the last step whose norm was finite.
+    """
+
+    step: Int[Array, ""]  # updates seen
+    norm: Float[Array, ""]  # global norm of the incoming update
+    clipped_norm: Float[Array, ""]  # global norm of the outgoing update
+    threshold: Float[Array, ""]  # in the unit of the transform's own argument
+    clipped_steps: Int[Array, ""]  # updates that were changed
+    nonfinite_steps: Int[Array, ""]  # updates with a NaN or an infinity
+
+
+def first() -> ClipState:
+    """Returns the state before the first update."""
+    number, count = jnp.zeros([], jnp.float32), jnp.zeros([], jnp.int32)
+    return ClipState(count, number, number, number, count, count)
+
+
+def after(
+    state: ClipState,
+    *,
+    norm: Float[Array, ""],
+    clipped_norm: Float[Array, ""],
+    threshold: Float[Array, ""],
+    clipped: Bool[Array, ""],
+) -> ClipState:
+    """Returns the state after an update, with nothing non-finite in it."""
+    known = jnp.isfinite(norm)
+    limit = jnp.finfo(jnp.float32).max
+
+    def keep(new, old):
+        return jnp.where(known, jnp.minimum(new, limit).astype(old.dtype), old)
+
+    return ClipState(
+        trees.next_step(state.step),
+        keep(norm, state.norm),
+        keep(clipped_norm, state.clipped_norm),
+        keep(threshold, state.threshold),
+        state.clipped_steps + (known & clipped).astype(jnp.int32),
+        state.nonfinite_steps + (~known).astype(jnp.int32),
+    )

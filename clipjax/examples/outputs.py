@@ -1,0 +1,113 @@
+"""What a run leaves behind: the model, the history and a picture of it.
+
+Every file is written under another name first and then moved into place, so that a
+name in the output folder always stands for a whole file.
+"""
+
+import json
+import math
+import os
+import pathlib
+import tempfile
+from collections.abc import Mapping
+
+import numpy as np
+import safetensors.numpy
+from jaxtyping import PyTree
+
+from .. import _trees as trees
+from . import plots
+from .train import Trained
+
+_MODEL, _LINES, _PICTURE = "model.safetensors", "metrics.jsonl", "training.png"
+
+
+def check(folder: pathlib.Path) -> None:
+    """Refuses a folder that cannot be written to, before any time is spent.
+
+    Args:
+        folder: it need not be there yet.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"{there} is a file: choose a folder for --output.")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"{there} cannot be written to: choose another --output.")
+
+
+def save(trained: Trained, *, folder: pathlib.Path, about: Mapping[str, str]) -> None:
+    """Writes the model, the history and the picture.
+
+    Args:
+        trained: what to write.
+        folder: made where it is missing; files of these names are replaced.
+        about: what to write into the header of the model.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    title = " · ".join(about[name] for name in ("model", "data") if about.get(name))
+    write(folder / _MODEL, model(trained.params, about=about))
+    write(folder / _LINES, lines(trained))
+    write(folder / _PICTURE, plots.png(plots.training(trained.history, title=title)))
+
+
+def listing(folder: pathlib.Path) -> str:
+    """One line that names the files and their sizes.
+
+    Args:
+        folder: where `save` wrote them.
+    """
+    sizes = {
+        name: (folder / name).stat().st_size for name in (_MODEL, _LINES, _PICTURE)
+    }
+    told = (f"{name} ({size / 1000:,.0f} kB)" for name, size in sizes.items())
+    return f"Written to {folder}: {', '.join(told)}"
+
+
+def write(path: pathlib.Path, content: bytes) -> None:
+    """Writes the whole file or nothing.
+
+    Args:
+        path: the file; one that is already there is replaced.
+        content: its bytes.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(handle, "wb") as file:
+            file.write(content)
+        os.chmod(name, 0o644)  # mkstemp lets nobody else read
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def model(params: PyTree, *, about: Mapping[str, str]) -> bytes:
+    """The parameters as a safetensors file, under their paths.
+
+    The arrays are whole: a zero takes as many bytes as any other entry.
+
+    Args:
+        params: nested dicts of arrays.
+        about: what to write into the header.
+    """
+    named = trees.by_path(params)
+    arrays = {path: np.ascontiguousarray(leaf) for path, leaf in named.items()}
+    return safetensors.numpy.save(arrays, metadata=dict(about))
+
+
+def lines(trained: Trained) -> bytes:
+    """The history as JSON lines, one for each step, counted from 1.
+
+    A number that is not finite, as a threshold before the first step, becomes null.
+
+    Args:
+        trained: its history, and the validation accuracy after the steps that have one.
+    """
+    rows = []
+    for i in range(len(trained.history["loss"])):
+        row = {name: values[i].item() for name, values in trained.history.items()}
+        finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
+        if i + 1 in trained.validation:
+            finite["validation_accuracy"] = trained.validation[i + 1]
+        rows.append(json.dumps({"step": i + 1, **finite}) + "\n")
+    return "".join(rows).encode()

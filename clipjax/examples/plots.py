@@ -1,0 +1,96 @@
+"""Pictures of a training run."""
+
+import io
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter, PercentFormatter
+
+from .train import History
+
+_BLUE, _ORANGE, _BLACK = "tab:blue", "tab:orange", "black"
+
+
+def training(history: History, *, title: str = "") -> Figure:
+    """Draws loss, gradient norm with its threshold, and sparsity against the steps.
+
+    Args:
+        history: arrays with one entry for each step, as `train.joined` gives them;
+            `loss` and `norm` must be there, `threshold` and `sparsity` may be.
+        title: what to write above.
+    """
+    figure = Figure(figsize=(8, 8), layout="constrained")
+    loss, norm, sparsity = figure.subplots(3, sharex=True)
+    loss.set_title(title)
+    _curve(loss, history["loss"], label="loss")
+    _norms(norm, history)
+    _sparsities(sparsity, history)
+    sparsity.set_xlabel("step")
+    for axes in (loss, norm):
+        _plain_log(axes)
+    for axes in (loss, norm, sparsity):
+        axes.set_xlim(0, len(history["loss"]))
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(loc="best", fontsize=9)
+    return figure
+
+
+def png(figure: Figure) -> bytes:
+    """The picture as a file.
+
+    Args:
+        figure: what `training` drew.
+    """
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def _norms(axes: Axes, history: History) -> None:
+    norm = history["norm"]
+    _curve(axes, norm, label="gradient norm")
+    if "threshold" in history:
+        bound = history["threshold"]
+        bound = np.where(np.isfinite(bound), bound, np.nan)  # gaps, not cliffs
+        axes.plot(_steps(bound), bound, color=_ORANGE, label="threshold")
+    if "clipped_norm" in history:
+        cut = np.flatnonzero(history["clipped_norm"] < norm)
+        dots = {"marker": ".", "linestyle": "", "color": _ORANGE, "markersize": 5}
+        axes.plot(cut + 1, norm[cut], label=f"clipped ({cut.size:,} steps)", **dots)
+
+
+def _sparsities(axes: Axes, history: History) -> None:
+    leaves = [name for name in history if name.startswith("sparsity/")]
+    for name in leaves[:8] if len(leaves) > 1 else []:  # more lines would say nothing
+        label = name.removeprefix("sparsity/")
+        axes.plot(_steps(history[name]), history[name], linewidth=1, label=label)
+    if "sparsity" in history:
+        whole = history["sparsity"]
+        axes.plot(_steps(whole), whole, color=_BLACK, linewidth=2, label="all of these")
+    axes.set(ylabel="sparsity", ylim=(0, 1.02))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+
+
+def _curve(axes: Axes, values: np.ndarray, *, label: str) -> None:
+    """The values in a pale line, and their running mean in a strong one."""
+    width = max(len(values) // 100, 1)
+    mean = np.convolve(values, np.ones(width) / width, mode="valid")
+    middle = np.arange(len(mean)) + (width + 1) / 2
+    axes.plot(_steps(values), values, color=_BLUE, alpha=0.3, linewidth=0.8)
+    label = label if width == 1 else f"{label} (mean of {width} steps)"
+    axes.plot(middle, mean, color=_BLUE, label=label)
+    axes.set_ylabel(label.partition(" (")[0])
+
+
+def _plain_log(axes: Axes) -> None:
+    """A logarithmic axis whose numbers read 0.2 and not 2 × 10⁻¹."""
+    axes.set_yscale("log")
+    plain = LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5))
+    axes.yaxis.set_major_formatter(plain)
+    axes.yaxis.set_minor_formatter(plain)
+
+
+def _steps(values: np.ndarray) -> np.ndarray:
+    return np.arange(1, len(values) + 1)

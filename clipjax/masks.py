@@ -1,0 +1,126 @@
+"""Masks: which entries stay (`True`) and which are zero, and how few bits hold that.
+
+A mask is made from its parameter by an operation on it, never from its shape: that is
+what gives it the parameter's sharding.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Int, Num, UInt8
+
+from . import _counts as counts, _meshes as meshes, _trees as trees
+from ._types import AxisName
+
+_DENSE_NAMES = ("bias", "scale", "embedding")
+_BITS = 8
+
+
+def weights(path: str, leaf: Array) -> bool:
+    """Tells whether a leaf holds weights: what is made sparse unless told otherwise.
+
+    A floating leaf of rank 2 or more whose path does not end in a bias, a scale or an
+    embedding.
+
+    Args:
+        path: where the leaf stands, such as `layers/0/kernel`.
+        leaf: the parameter.
+
+    Example:
+        >>> weights("Dense_0/kernel", jnp.ones((2, 3)))
+        True
+        >>> weights("attention/query/bias", jnp.ones((2, 3)))
+        False
+    """
+    name = path.rsplit("/", 1)[-1]
+    return trees.is_float(leaf) and jnp.ndim(leaf) >= 2 and name not in _DENSE_NAMES
+
+
+def full(x: Num[Array, "..."]) -> Bool[Array, "..."]:
+    """Returns a mask that keeps everything, laid out as `x` is.
+
+    Example:
+        >>> full(jnp.array([0.0, 2.0]))
+        Array([ True,  True], dtype=bool)
+    """
+    return jnp.isfinite(x) | True
+
+
+def nonzero(x: Num[Array, "..."]) -> Bool[Array, "..."]:
+    """Returns the mask that a sparse array carries in itself.
+
+    Example:
+        >>> nonzero(jnp.array([0.0, -0.0, 2.0]))
+        Array([False, False,  True], dtype=bool)
+    """
+    return x != 0
+
+
+def apply(mask: Bool[Array, "..."], x: Num[Array, "..."]) -> Num[Array, "..."]:
+    """Sets to zero what the mask does not keep: NaN and infinity too.
+
+    Example:
+        >>> apply(jnp.array([True, False]), jnp.array([3.0, jnp.nan]))
+        Array([3., 0.], dtype=float32)
+    """
+    return jnp.where(mask, x, jnp.zeros_like(x))
+
+
+def count(mask: Bool[Array, "..."], *, axis_name: AxisName = None) -> Int[Array, ""]:
+    """Returns how many entries a mask keeps.
+
+    Args:
+        mask: of fewer than 2³¹ entries.
+        axis_name: inside `jax.shard_map`, the mesh axes over which it is split.
+
+    Example:
+        >>> count(jnp.array([True, False, True]))
+        Array(2, dtype=int32)
+    """
+    kept = counts.passing([mask, ~mask])[0].astype(jnp.int32)
+    axes = meshes.axes_of(mask, axis_name)
+    return lax.psum(kept, axes) if axes else kept
+
+
+def pack(mask: Bool[Array, "*rest n"]) -> UInt8[Array, "*rest bytes"]:
+    """Packs eight entries of the last axis into a byte, the first in the lowest bit.
+
+    A last axis that is no multiple of eight is filled up with zeros.  No entry leaves
+    its device as long as each holds a multiple of eight.
+
+    Args:
+        mask: of rank 1 or more.
+
+    Example:
+        >>> pack(jnp.array([True, True, False, True]))
+        Array([11], dtype=uint8)
+    """
+    return jnp.packbits(mask, axis=-1, bitorder="little")
+
+
+def unpack(bits: UInt8[Array, "*rest bytes"], length: int) -> Bool[Array, "*rest n"]:
+    """Turns packed bits back into a mask whose last axis has this length.
+
+    Args:
+        bits: as `pack` returned them.
+        length: of the last axis of the mask.
+
+    Example:
+        >>> unpack(jnp.uint8([11]), 4)
+        Array([ True,  True, False,  True], dtype=bool)
+    """
+    # Not `unpackbits`, whose loop XLA does not fuse into the one that reads the mask.
+    shifts = jnp.arange(_BITS, dtype=jnp.uint8).reshape((1,) * bits.ndim + (_BITS,))
+    spread = (bits[..., None] >> shifts) & jnp.uint8(1)
+    return spread.reshape(*bits.shape[:-1], -1)[..., :length].astype(bool)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bits:
+    """Stores a mask as it was made: one bit a parameter."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Zeros:
+    """Stores nothing: between two masks, what is zero stays zero."""

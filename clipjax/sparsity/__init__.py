@@ -1,0 +1,1 @@
+"""Transforms that make parameters sparse; their public names are those of `clipjax`."""

@@ -1,0 +1,174 @@
+"""Parameters that come out exactly sparse: the projection at the end of a chain."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8
+
+from .. import (
+    _checks as check,
+    _meshes as meshes,
+    _trees as trees,
+    allocations,
+    masks,
+    patterns,
+    scores,
+)
+from .._types import AxisName, Number, Schedule, Where
+
+_NEVER = 2**30  # the age of a mask that has not been made yet
+
+
+class SparsifyState(NamedTuple):
+    """What `sparsify` remembers; the dicts are keyed by path."""
+
+    step: Int[Array, ""]  # updates seen
+    mask_age: Int[Array, ""]  # updates since the masks were made
+    mask_bits: dict[str, UInt8[Array, "..."]]  # empty if `storage` is `masks.Zeros()`
+    leaf_sparsity: dict[str, Float[Array, ""]]  # share of zeros in each leaf's mask
+    total_sparsity: Float[Array, ""]  # and in all of them
+
+
+def sparsify(
+    sparsity: Number | Schedule,
+    *,
+    score: scores.Score = scores.magnitude,
+    pattern: patterns.Pattern = patterns.Unstructured(),
+    allocation: allocations.Allocation = allocations.uniform,
+    every: Number = 1,
+    where: Where = masks.weights,
+    storage: masks.Bits | masks.Zeros = masks.Bits(),
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Sets all but the parameters with the highest scores to zero, exactly.
+
+    uᵢ ← -θᵢ where mᵢ = 0, m = pattern(score(θ, u), s(t))
+
+    Stands last in the chain: `optax.apply_updates` then gives θ + (-θ) = 0.0, bit for
+    bit, in every dtype.  Whatever follows it in the chain would move the zeros.
+
+    A mask is made from the parameters as they are at the start of a step, and holds
+    until `every` steps are over.  It is due until it is made: a step that a wrapper
+    discards is made up for.  With a magnitude score a pruned entry stays pruned, unless
+    the sparsity falls.  A NaN parameter ranks lowest but cannot be repaired, since
+    NaN + (-NaN) is NaN.
+
+    Memory beside the parameters: with `storage=masks.Bits()` one bit a parameter, with
+    `masks.Zeros()` none.  The two differ only for entries that are kept and exactly
+    zero: without a stored mask these stay at zero until the next mask is made.
+
+    An update narrower than its parameter leaves in the parameter's dtype, since a
+    rounded -θ would not cancel θ.  `optax.apply_if_finite` refuses such a change of
+    dtype; cast the gradients before the chain.
+
+    Args:
+        sparsity: s in [0, 1], the share of zeros in all selected leaves together; a
+            number, a traced value or a schedule.  At least that share is zero.
+        score: a function of a parameter and its update, the highest to keep.
+        pattern: in what shape zeros come, from `patterns`.
+        allocation: how the leaves share the sparsity, from `allocations`.
+        every: steps between two masks, ≥ 1.
+        where: which leaves are made sparse, by path and leaf; floating leaves of rank 2
+            or more that are no bias, scale or embedding.
+        storage: how a mask is kept between two steps.
+        axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
+
+    Example:
+        >>> tx = optax.chain(optax.sgd(0.5), sparsify(0.5))
+        >>> params = {"kernel": jnp.array([[3.0, -1.0], [2.0, -4.0]])}
+        >>> grads = {"kernel": jnp.ones((2, 2))}
+        >>> updates, state = tx.update(grads, tx.init(params), params)
+        >>> optax.apply_updates(params, updates)["kernel"]
+        Array([[ 2.5,  0. ],
+               [ 0. , -4.5]], dtype=float32)
+
+    Reference:
+        Michael Zhu, Suyog Gupta, To Prune, or Not to Prune: Exploring the Efficacy of
+        Pruning for Model Compression, 2017, https://arxiv.org/abs/1710.01878
+    """
+    check.between(0, 1, sparsity=sparsity)
+    check.at_least(1, every=every)
+    check.function(score=score, allocation=allocation, where=where)
+    check.has_method("masks", pattern=pattern)
+    check.one_of(masks.Bits, masks.Zeros, storage=storage)
+    stores = isinstance(storage, masks.Bits)
+
+    def chosen(params):
+        leaves = trees.by_path(params)
+        return {p: x for p, x in leaves.items() if jnp.size(x) and where(p, x)}
+
+    def init(params):
+        leaves = chosen(params)
+        return SparsifyState(
+            jnp.zeros([], jnp.int32),
+            jnp.asarray(_NEVER, jnp.int32),
+            {p: _pack(masks.full(x)) for p, x in leaves.items()} if stores else {},
+            {p: jnp.zeros([], jnp.float32) for p in leaves},
+            jnp.zeros([], jnp.float32),
+        )
+
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        check.given_params("sparsify", params)
+        leaves, moves = chosen(params), trees.by_path(updates)
+        due = state.mask_age >= every
+
+        def search():
+            share = jnp.clip(trees.value_at(sparsity, state.step), 0, 1)
+            scored = [score(x, moves.get(p)) for p, x in leaves.items()]
+            kept = pattern.masks(
+                scored, share, allocation=allocation, axis_name=axis_name
+            )
+            return _measured(dict(zip(leaves, kept, strict=True)), axis_name)
+
+        def hold():
+            nothing = {p: _pack(x != x) for p, x in leaves.items()}
+            bits = state.mask_bits if stores else nothing
+            return bits, state.leaf_sparsity, state.total_sparsity
+
+        bits, shares, total = jax.lax.cond(due, search, hold) if leaves else hold()
+
+        def emit(update, param, bits, share):
+            mask = masks.unpack(bits, _columns(param)).reshape(param.shape)
+            if not stores:
+                mask = jnp.where(due, mask, masks.nonzero(param) | (share == 0))
+            return _projected(update, param, mask)
+
+        new_state = SparsifyState(
+            trees.next_step(state.step),
+            jnp.where(due, 1, trees.next_step(state.mask_age)),
+            bits if stores else {},
+            shares,
+            total,
+        )
+        return trees.map_by_path(emit, updates, leaves, bits, shares), new_state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _projected(update: Array, param: Array, mask: Bool[Array, "..."]) -> Array:
+    """Returns the update that takes what is not kept to zero."""
+    dtype = jnp.promote_types(jnp.result_type(update), jnp.result_type(param))
+    return jnp.where(mask, update.astype(dtype), -param.astype(dtype))
+
+
+def _columns(x: Array) -> int:
+    return x.shape[-1] if x.ndim else 1
+
+
+def _pack(mask: Bool[Array, "..."]) -> UInt8[Array, "..."]:
+    return masks.pack(mask if mask.ndim else mask[None])
+
+
+def _measured(kept: dict[str, Array], axis_name: AxisName) -> tuple[PyTree, ...]:
+    """Packs the masks, and returns the share of zeros in each and in all."""
+    dropped, size = {}, {}
+    for path, mask in kept.items():
+        size[path] = mask.size * meshes.blocks(mask, axis_name)
+        dropped[path] = size[path] - masks.count(mask, axis_name=axis_name)
+    zeros = {path: number.astype(jnp.float32) for path, number in dropped.items()}
+    shares = {path: zeros[path] / size[path] for path in kept}
+    total = jnp.sum(jnp.stack(list(zeros.values()))) / sum(size.values())
+    return {path: _pack(mask) for path, mask in kept.items()}, shares, total

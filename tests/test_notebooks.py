@@ -1,0 +1,67 @@
+"""The notebooks: they run, they are short, and they are kept as they ran."""
+
+import ast
+import os
+import pathlib
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = pathlib.Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+each_notebook = pytest.mark.parametrize(
+    "path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS]
+)
+
+
+def cells(path, kind="code"):
+    notebook = nbformat.read(path, as_version=4)
+    return [cell for cell in notebook.cells if cell.cell_type == kind]
+
+
+def source(cell):
+    """The Python of a cell, without the lines that belong to IPython."""
+    lines = cell.source.splitlines()
+    return "\n".join(line for line in lines if not line.startswith("%"))
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS
+
+
+@each_notebook
+def test_it_runs(path, monkeypatch, tmp_path):
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    notebook = nbformat.read(path, as_version=4)
+    client = NotebookClient(notebook, timeout=300, kernel_name="python3")
+    client.execute(cwd=str(tmp_path))  # raises what a cell raises
+
+
+@each_notebook
+def test_its_functions_are_short(path):
+    for cell in cells(path):
+        for node in ast.walk(ast.parse(source(cell))):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 10, node.name
+
+
+@each_notebook
+def test_outputs_are_kept_and_metadata_is_not(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert set(notebook.metadata) <= {"kernelspec", "language_info"}
+    assert all(cell.metadata == {} for cell in notebook.cells)
+    assert any(cell.outputs for cell in cells(path))
+    kinds = {output.output_type for cell in cells(path) for output in cell.outputs}
+    assert "error" not in kinds
+    ran = [cell.execution_count for cell in cells(path)]
+    assert ran == list(range(1, len(ran) + 1)), "run it again from the top"
+
+
+@each_notebook
+def test_it_opens_on_colab(path):
+    assert f"blob/main/notebooks/{path.name}" in cells(path, "markdown")[0].source
+    assert "find_spec" in cells(path)[0].source  # installs only what is missing
