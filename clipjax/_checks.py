@@ -7,8 +7,8 @@ import numbers
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 
 def positive(**values: Any) -> None:
@@ -44,7 +44,7 @@ def at_least(low: int | float, **values: Any) -> None:
 def whole(least: int, **values: Any) -> None:
     """Raises unless every value is a Python integer of at least `least`."""
     for name, value in values.items():
-        if isinstance(value, jax.core.Tracer):
+        if isinstance(value, Tracer):
             raise TypeError(
                 f"{name} sets the size of an array and must be a Python integer, but"
                 " is traced. Under `optax.inject_hyperparams`, name it in"
@@ -113,7 +113,7 @@ def same_shape(transform: str, path: str, leaf: Any, param: Any) -> None:
 
 def _concrete(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
-        if isinstance(value, jax.core.Tracer) or callable(value):
+        if isinstance(value, Tracer) or callable(value):
             continue
         if isinstance(value, bool) or not _is_scalar(value):
             raise TypeError(

@@ -6,8 +6,10 @@ says over which of them it differs (a replicated array is counted once).
 """
 
 import math
+from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from ._types import AxisName
@@ -39,11 +41,25 @@ def is_partitioned(x: Array) -> bool:
 
 def like(values: Array, x: Array) -> Array:
     """Lays out `values`, of the shape of `x`, as `x` itself lies on its mesh."""
-    sharding = jax.typeof(x).sharding
-    explicit = jax.sharding.AxisType.Explicit
-    if explicit in sharding.mesh.axis_types:
-        return jax.sharding.reshard(values, sharding)
+    if _is_explicit(x):
+        return jax.sharding.reshard(values, jax.typeof(x).sharding)
     return values
+
+
+def zeros(function: Callable[..., Array], x: Array) -> Array:
+    """Returns zeros of the type of `function(x)`, without computing that."""
+    kind = jax.eval_shape(function, x)
+    result = jnp.zeros(kind.shape, kind.dtype)
+    if _is_explicit(x):
+        result = jax.sharding.reshard(result, kind.sharding)
+    for name in sorted(_varying(x)):
+        result += (jax.lax.axis_index(name) * 0).astype(kind.dtype)
+    return result
+
+
+def _is_explicit(x: Array) -> bool:
+    explicit = jax.sharding.AxisType.Explicit
+    return explicit in jax.typeof(x).sharding.mesh.axis_types
 
 
 def _varying(x: Array) -> frozenset:

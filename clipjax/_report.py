@@ -37,10 +37,14 @@ class Report:
     @property
     def total(self) -> Row:
         """All leaves together."""
-        entries, nonzeros, size = (
-            sum(row[field] for row in self.rows) for field in (3, 4, 5)
+        return Row(
+            "total",
+            (),
+            "",
+            entries=sum(row.entries for row in self.rows),
+            nonzeros=sum(row.nonzeros for row in self.rows),
+            bytes=sum(row.bytes for row in self.rows),
         )
-        return Row("total", (), "", entries, nonzeros, size)
 
     def __str__(self) -> str:
         """Lays the table out in columns."""

@@ -16,8 +16,7 @@ from ._types import Number, Schedule
 
 def path(keys: tuple[Any, ...]) -> str:
     """Spells a key path as `layers/0/kernel`, without the `.value` of a box."""
-    last = keys[-1] if keys else None
-    if isinstance(last, jax.tree_util.GetAttrKey) and last.name == "value":
+    if keys and keys[-1] == jax.tree_util.GetAttrKey("value"):
         keys = keys[:-1]
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 

@@ -10,6 +10,7 @@ import functools
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,7 @@ def _train(words: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         return _complain(str(error))
     print(job.headline(plan))
+    begin = time.perf_counter()
     with _interruptible() as asked:
         sparse = job.follow(plan, sparsity=inner, stop=asked)
         about = _about(words) | {"data": plan.dataset.name}
@@ -61,8 +63,9 @@ def _train(words: argparse.Namespace) -> int:
         dense = None
         if words.sparsity and words.compare and not asked():
             dense = job.follow(plan, sparsity=0.0, stop=asked)
+        seconds = time.perf_counter() - begin
         print(job.summary(plan, sparse, dense=None if asked() else dense))
-        print(outputs.listing(words.output))
+        print(f"{outputs.listing(words.output)}; training took {seconds:.0f} s")
         if asked():
             print("Ended early by Ctrl-C.", file=sys.stderr)
         return _INTERRUPTED if asked() else 0
@@ -82,7 +85,7 @@ def _plan(words: argparse.Namespace) -> "job.Plan":
         clip=_clips(words.clip),
         optimizer=_optimizers()[words.optimizer],
         learning_rate=words.learning_rate or options.RATES[words.optimizer],
-        epochs=words.epochs or (10 if count > 10_000 else 100),
+        epochs=words.epochs or (10 if count > 10_000 else 60),
         batch_size=words.batch_size,
         shift=words.shift,
         seed=words.seed,

@@ -1,7 +1,10 @@
 """What several test files need. Comparisons go through `assert_same`."""
 
+import contextlib
+
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -27,3 +30,27 @@ def assert_same(actual, expected, *, rtol=1e-6, atol=0.0, equal_nan=False):
             name = jax.tree_util.keystr(path[1:])
             assert not np.isnan(np.asarray(leaf)).any(), f"{side}{name} holds NaN"
     chex.assert_trees_all_close(actual, expected, rtol=rtol, atol=atol)
+
+
+@contextlib.contextmanager
+def relaxed():
+    """Lets optax and flax promote dtypes and ranks in their own code."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def normal(shapes, *, seed=0, dtype="float32"):
+    """Replaces every shape in a tree by an array of normal numbers."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda shape: jnp.asarray(rng.normal(size=shape), dtype),
+        shapes,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+
+
+def spec(tree):
+    """What has to stay the same for a compiled step to be used again."""
+    kinds = [jax.typeof(leaf) for leaf in jax.tree.leaves(tree)]
+    details = [(kind.shape, kind.dtype, kind.weak_type) for kind in kinds]
+    return jax.tree.structure(tree), details

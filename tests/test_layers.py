@@ -8,11 +8,13 @@ import sys
 import pytest
 
 LAYERS = [
-    {"_types", "_checks", "_meshes", "_trees"},  # 0 ground
+    {"_types", "_checks", "_counts", "_meshes", "_trees"},  # 0 ground
     {  # 1 mathematics: pure functions and frozen values
         "norms",
         "scopes",
         "thresholds",
+        "_ranking",
+        "_search",
         "selection",
         "scores",
         "patterns",

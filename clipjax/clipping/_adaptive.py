@@ -11,7 +11,7 @@ from .. import _checks as check, _trees as trees, norms
 from .._types import AxisName, Number
 from ..thresholds import WindowedQuantile
 from . import _state as states
-from ._response import shrink
+from ._response import exceeds, shrink
 from ._state import ClipState
 
 _LEAST_PARAM_NORM = 1e-3  # as in adaptive gradient clipping
@@ -97,7 +97,7 @@ def adaptive_clip(
                 norm=norm,
                 clipped_norm=norm * scale,
                 threshold=bound,
-                clipped=norm > bound,
+                clipped=exceeds(norm, bound),
             ),
             rule.remember(state.norm_history, norm.astype(jnp.float32), bound),
         )

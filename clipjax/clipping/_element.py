@@ -63,6 +63,8 @@ def _clamp(u, bound):
         bound = bound.astype(size.dtype)
         return jnp.where(size > bound, u * (bound / jnp.maximum(size, bound)), u)
     rounded = bound.astype(u.dtype)
+    if jnp.finfo(u.dtype).bits >= jnp.finfo(bound.dtype).bits:
+        return jnp.clip(u, -rounded, rounded)
     inward = jnp.nextafter(rounded, jnp.zeros_like(rounded))
     within = jnp.where(rounded.astype(bound.dtype) > bound, inward, rounded)
     return jnp.clip(u, -within, within)

@@ -2,11 +2,12 @@
 
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
 from .. import _checks as check, _meshes as meshes, _trees as trees, norms
 from .._types import AxisName, Number, Schedule
 from . import _state as states
-from ._response import shrink
+from ._response import exceeds, shrink
 
 
 def clip_by_global_norm(
@@ -52,7 +53,7 @@ def clip_by_global_norm(
             norm=norm,
             clipped_norm=norm * factor,
             threshold=bound,
-            clipped=norm > bound,
+            clipped=exceeds(norm, bound),
         )
         return trees.scale_all(updates, factor), new_state
 
@@ -93,22 +94,25 @@ def clip_by_block_rms(
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
         bound = trees.value_at(threshold, state.step)
-        sizes, factors, above = {}, {}, jnp.zeros([], bool)
-        for path, leaf in trees.floats(updates).items():
-            norm = norms.global_norm(leaf, scaled=True, axis_name=axis_name)
-            entries = leaf.size * meshes.blocks(leaf, axis_name)
-            rms = norm / jnp.sqrt(jnp.asarray(max(entries, 1), norm.dtype))
-            sizes[path], factors[path] = norm, shrink(rms, bound)
-            above |= rms > bound
+        leaves = trees.floats(updates)
+        sizes = norms.leaf_norms(leaves, scaled=True, axis_name=axis_name)
+        rms = {p: _rms(sizes[p], x, axis_name) for p, x in leaves.items()}
+        factors = {p: shrink(size, bound) for p, size in rms.items()}
+        above = [exceeds(size, bound) for size in rms.values()]
         new_state = states.after(
             state,
             norm=norms.global_norm(sizes, scaled=True),
             clipped_norm=norms.global_norm(
-                {path: sizes[path] * factors[path] for path in sizes}, scaled=True
+                {p: sizes[p] * factors[p] for p in sizes}, scaled=True
             ),
             threshold=bound,
-            clipped=above,
+            clipped=jnp.any(jnp.stack(above)) if above else jnp.zeros([], bool),
         )
         return trees.map_by_path(trees.scale, updates, factors), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _rms(norm: Float[Array, ""], leaf: Array, axis_name: AxisName) -> Float[Array, ""]:
+    entries = max(leaf.size, 1) * meshes.blocks(leaf, axis_name)
+    return norm / jnp.sqrt(jnp.asarray(entries, norm.dtype))

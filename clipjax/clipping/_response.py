@@ -1,7 +1,7 @@
 """What becomes of an update whose norm is above its bound: it is scaled down."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 
 def shrink(
@@ -17,3 +17,8 @@ def shrink(
     larger = jnp.maximum(bound, known)
     # Zero only where both are; what is scaled is then zero too.
     return bound / jnp.where(larger > 0, larger, jnp.ones_like(larger))
+
+
+def exceeds(norm: Float[Array, "..."], bound: Float[Array, "..."]) -> Bool[Array, ""]:
+    """Tells whether any norm is above its bound; a NaN is not."""
+    return jnp.any(norm > bound.astype(norm.dtype))

@@ -24,8 +24,12 @@ class ClipState(NamedTuple):
 
 def first() -> ClipState:
     """Returns the state before the first update."""
-    number, count = jnp.zeros([], jnp.float32), jnp.zeros([], jnp.int32)
-    return ClipState(count, number, number, number, count, count)
+
+    def zero(dtype):  # anew for each field, or the state could not be donated
+        return jnp.zeros([], dtype)
+
+    i, f = jnp.int32, jnp.float32
+    return ClipState(zero(i), zero(f), zero(f), zero(f), zero(i), zero(i))
 
 
 def after(

@@ -9,7 +9,7 @@ from jaxtyping import Array
 from .. import _checks as check, _trees as trees, norms, scopes
 from .._types import Axes, AxisName, Number, Schedule
 from . import _state as states
-from ._response import shrink
+from ._response import exceeds, shrink
 
 AxisRule = Axes | Callable[[str, Array], Axes | None] | None
 """Which axes a unit spans: for all leaves alike, by path, or as Flax lays them out."""
@@ -71,10 +71,11 @@ def adaptive_grad_clip(
             axes = _axes(axis, path, weights)
             size = norms.unit_norm(leaf, axes, axis_name=axis_name)
             param_norm = norms.unit_norm(weights[path], axes, axis_name=axis_name)
-            bound = ratio * jnp.maximum(param_norm, eps).astype(ratio.dtype)
+            least = jnp.asarray(eps, param_norm.dtype)
+            bound = ratio.astype(param_norm.dtype) * jnp.maximum(param_norm, least)
             factors[path] = shrink(size, bound)
             before[path], after[path] = size, size * factors[path]
-            above |= jnp.any(size > bound)
+            above |= exceeds(size, bound)
         new_state = states.after(
             state,
             norm=norms.global_norm(before),

@@ -4,7 +4,7 @@ import functools
 import math
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -52,7 +52,7 @@ def chain(plan: Plan, *, sparsity: float) -> optax.GradientTransformationExtraAr
     dense = optax.chain(plan.clip, plan.optimizer(rate))
     if not sparsity:
         return dense
-    ramp = optax.polynomial_schedule(
+    ramp: Any = optax.polynomial_schedule(
         0.0,
         sparsity,
         3,

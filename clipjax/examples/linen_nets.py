@@ -1,5 +1,6 @@
 """Small image classifiers in Flax Linen; `nnx_nets` has the same in NNX."""
 
+import functools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ def lenet_5(classes: int = 10) -> nets.Net:
 
 def cnn(classes: int = 10) -> nets.Net:
     """Two convolutions and a hidden layer, for images of any size from 4 by 4."""
-    return from_module(CNN((16, 32), 128, classes, kernel=3, padding="SAME"))
+    return from_module(CNN((32, 64), 128, classes, kernel=3, padding="SAME"))
 
 
 def transformer(classes: int = 10) -> nets.Net:
@@ -58,7 +59,7 @@ class MLP(nn.Module):
 class CNN(nn.Module):
     """Convolutions, each halved by max pooling, then one hidden layer."""
 
-    channels: Sequence[int] = (16, 32)
+    channels: Sequence[int] = (32, 64)
     hidden: int = 128
     classes: int = 10
     kernel: int = 3
@@ -69,9 +70,10 @@ class CNN(nn.Module):
         """Images to logits."""
         kernel, padding, layers = self.kernel, self.padding, len(self.channels)
         nets.pooled(x.shape[1:3], layers=layers, kernel=kernel, padding=padding)
+        conv = functools.partial(nn.Conv, conv_general_dilated=nets.convolve)
         for i, width in enumerate(self.channels):
-            x = nn.Conv(width, (kernel, kernel), padding=padding, name=f"conv_{i}")(x)
-            x = nn.relu(nn.max_pool(x, (2, 2), (2, 2)))
+            layer = conv(width, (kernel, kernel), padding=padding, name=f"conv_{i}")
+            x = nn.relu(nets.halve(layer(x)))
         x = x.reshape(x.shape[0], -1)
         x = nn.relu(nn.Dense(self.hidden, name="hidden")(x))
         return nn.Dense(self.classes, name="output")(x)

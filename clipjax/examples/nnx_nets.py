@@ -80,7 +80,7 @@ class CNN(nnx.Module):
         self,
         shape,
         *,
-        channels: Sequence[int] = (16, 32),
+        channels: Sequence[int] = (32, 64),
         hidden=128,
         classes=10,
         kernel=3,
@@ -90,8 +90,9 @@ class CNN(nnx.Module):
         """For images of `shape`."""
         widths, size = (shape[-1], *channels), (kernel, kernel)
         self.depth = len(channels)
+        conv = functools.partial(nnx.Conv, conv_general_dilated=nets.convolve)
         for i in range(self.depth):
-            layer = nnx.Conv(widths[i], widths[i + 1], size, padding=padding, rngs=rngs)
+            layer = conv(widths[i], widths[i + 1], size, padding=padding, rngs=rngs)
             setattr(self, f"conv_{i}", layer)
         sides = nets.pooled(
             shape[:2], layers=self.depth, kernel=kernel, padding=padding
@@ -102,8 +103,7 @@ class CNN(nnx.Module):
     def __call__(self, x):
         """Images to logits."""
         for i in range(self.depth):
-            x = getattr(self, f"conv_{i}")(x)
-            x = nnx.relu(nnx.max_pool(x, (2, 2), (2, 2)))
+            x = nnx.relu(nets.halve(getattr(self, f"conv_{i}")(x)))
         x = nnx.relu(self.hidden(x.reshape(x.shape[0], -1)))
         return self.output(x)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
 MODELS = ["cnn", "lenet-300-100", "lenet-5", "transformer"]
-RATES = {"adam": 2e-3, "adamw": 2e-3, "lion": 3e-4, "sgd": 0.1}
+RATES = {"adam": 4e-3, "adamw": 4e-3, "lion": 3e-4, "sgd": 0.1}
 
 _N = TypeVar("_N", int, float)
 _ABOUT_TRAIN = """\
@@ -105,7 +105,7 @@ def _add_how(group: argparse._ArgumentGroup) -> None:
         "--epochs",
         metavar="N",
         type=_count,
-        help="how often to go through the training images (default: 100 for up to"
+        help="how often to go through the training images (default: 60 for up to"
         " 10,000 of them, 10 for more)",
     )
     group.add_argument(

@@ -106,8 +106,13 @@ def lines(trained: Trained) -> bytes:
     rows = []
     for i in range(len(trained.history["loss"])):
         row = {name: values[i].item() for name, values in trained.history.items()}
-        finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
+        finite = {k: _short(v) if math.isfinite(v) else None for k, v in row.items()}
         if i + 1 in trained.validation:
             finite["validation_accuracy"] = trained.validation[i + 1]
         rows.append(json.dumps({"step": i + 1, **finite}) + "\n")
     return "".join(rows).encode()
+
+
+def _short(value: float) -> float:
+    """All the digits that a float32 has, and no more."""
+    return float(f"{value:.8g}")

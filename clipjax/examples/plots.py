@@ -5,7 +5,7 @@ import io
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, PercentFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
 from .train import History
 
@@ -51,6 +51,9 @@ def png(figure: Figure) -> bytes:
 def _norms(axes: Axes, history: History) -> None:
     norm = history["norm"]
     _curve(axes, norm, label="gradient norm")
+    seen = norm[np.isfinite(norm) & (norm > 0)]
+    if seen.size:  # what a threshold does before it knows any norm is of no interest
+        axes.set_ylim(seen.min() / 1.5, seen.max() * 1.5)
     if "threshold" in history:
         bound = history["threshold"]
         bound = np.where(np.isfinite(bound), bound, np.nan)  # gaps, not cliffs
@@ -68,7 +71,7 @@ def _sparsities(axes: Axes, history: History) -> None:
         axes.plot(_steps(history[name]), history[name], linewidth=1, label=label)
     if "sparsity" in history:
         whole = history["sparsity"]
-        axes.plot(_steps(whole), whole, color=_BLACK, linewidth=2, label="all of these")
+        axes.plot(_steps(whole), whole, color=_BLACK, linewidth=2, label="all of them")
     axes.set(ylabel="sparsity", ylim=(0, 1.02))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
 
@@ -87,9 +90,9 @@ def _curve(axes: Axes, values: np.ndarray, *, label: str) -> None:
 def _plain_log(axes: Axes) -> None:
     """A logarithmic axis whose numbers read 0.2 and not 2 × 10⁻¹."""
     axes.set_yscale("log")
-    plain = LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5))
-    axes.yaxis.set_major_formatter(plain)
-    axes.yaxis.set_minor_formatter(plain)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(lambda value, place: f"{value:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _steps(values: np.ndarray) -> np.ndarray:

@@ -104,7 +104,7 @@ def sparsify(
         return SparsifyState(
             jnp.zeros([], jnp.int32),
             jnp.asarray(_NEVER, jnp.int32),
-            {p: _pack(masks.full(x)) for p, x in leaves.items()} if stores else {},
+            {p: _full_bits(x) for p, x in leaves.items()} if stores else {},
             {p: jnp.zeros([], jnp.float32) for p in leaves},
             jnp.zeros([], jnp.float32),
         )
@@ -124,8 +124,9 @@ def sparsify(
             return _measured(dict(zip(leaves, kept, strict=True)), axis_name)
 
         def hold():
-            nothing = {p: _pack(x != x) for p, x in leaves.items()}
-            bits = state.mask_bits if stores else nothing
+            bits = state.mask_bits
+            if not stores:
+                bits = {p: meshes.zeros(_full_bits, x) for p, x in leaves.items()}
             return bits, state.leaf_sparsity, state.total_sparsity
 
         bits, shares, total = jax.lax.cond(due, search, hold) if leaves else hold()
@@ -160,6 +161,10 @@ def _columns(x: Array) -> int:
 
 def _pack(mask: Bool[Array, "..."]) -> UInt8[Array, "..."]:
     return masks.pack(mask if mask.ndim else mask[None])
+
+
+def _full_bits(x: Array) -> UInt8[Array, "..."]:
+    return _pack(masks.full(x))
 
 
 def _measured(kept: dict[str, Array], axis_name: AxisName) -> tuple[PyTree, ...]:
