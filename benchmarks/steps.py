@@ -4,7 +4,6 @@ import functools
 import statistics
 
 import jax
-import jax.numpy as jnp
 import optax
 
 import clipjax

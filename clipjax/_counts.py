@@ -80,13 +80,7 @@ def stack(counts: list[Count]) -> Count:
 
 def total(counts: Count, axis: int = 0) -> Count:
     """Sums along an axis."""
-    return normal(jnp.sum(counts.high, axis), jnp.sum(counts.low, axis))
-
-
-def running(counts: Count) -> Count:
-    """Returns at each place the sum of all that came before it, along axis 0."""
-    high, low = (jnp.cumsum(word, axis=0) - word for word in counts)
-    return normal(high, low)
+    return normal(*(jnp.sum(word, axis, dtype=jnp.int32) for word in counts))
 
 
 def zeros_of(sparsity: Number, size: int) -> Count:

@@ -48,8 +48,9 @@ def map_by_path(function: Callable[..., Any], tree: PyTree, *rest: Mapping) -> P
 
 
 def floats(tree: PyTree) -> dict[str, Any]:
-    """Returns by path the leaves that hold floating-point numbers."""
-    return {name: x for name, x in by_path(tree).items() if is_float(x)}
+    """Returns by path the leaves that hold floating-point numbers, as JAX arrays."""
+    leaves = by_path(tree).items()
+    return {name: jnp.asarray(leaf) for name, leaf in leaves if is_float(leaf)}
 
 
 def is_float(leaf: Any) -> bool:

@@ -6,7 +6,7 @@ floating-point numbers do not count.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -68,7 +68,7 @@ def rms(tree: PyTree, *, axis_name: AxisName = None) -> Float[Array, ""]:
     """
     leaves = _leaves(tree)
     entries = sum(x.size * meshes.blocks(x, axis_name) for x in leaves)
-    mean = _sum_of_squares(leaves, axis_name) / max(entries, 1)
+    mean = _sum_of_squares(leaves, axis_name) / float(max(entries, 1))
     return _root(mean)
 
 
@@ -89,7 +89,7 @@ def inf_norm(tree: PyTree, *, axis_name: AxisName = None) -> Float[Array, ""]:
     peaks = [_over(lax.pmax, jnp.max(jnp.abs(x)), x, axis_name) for x in leaves]
     if not peaks:
         return jnp.zeros([], jnp.float32)
-    dtype = jnp.result_type(*peaks)
+    dtype = _widest(peaks)
     return jnp.max(jnp.stack([peak.astype(dtype) for peak in peaks]))
 
 
@@ -164,7 +164,7 @@ def _sum_of_squares(leaves: list[Array], axis_name: AxisName) -> Float[Array, ""
     for x in leaves:
         axes = meshes.axes_of(x, axis_name)
         groups.setdefault(axes, []).append(jnp.sum(_square(x)))
-    dtype = jnp.result_type(*(x for sums in groups.values() for x in sums))
+    dtype = _widest(x for sums in groups.values() for x in sums)
     totals = []
     for axes, sums in groups.items():
         # Stacked and summed: a running sum over 10,000 leaves would lose digits.
@@ -185,6 +185,12 @@ def _rescaled(leaves: list[Array], axis_name: AxisName) -> Float[Array, ""]:
     shrunk = [x / unit.astype(jnp.finfo(x.dtype).dtype) for x in leaves]
     norm = _root(_sum_of_squares(shrunk, axis_name))
     return unit.astype(norm.dtype) * norm
+
+
+def _widest(values: Iterable[Array]) -> Any:
+    """Returns float64 where a value has it: strict promotion would refuse to choose."""
+    is_double = any(x.dtype == jnp.float64 for x in values)
+    return jnp.float64 if is_double else jnp.float32
 
 
 def _over(

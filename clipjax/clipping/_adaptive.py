@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from .. import _checks as check, _trees as trees, norms
-from .._types import AxisName, Number
+from .._types import AxisName, Number, Schedule
 from ..thresholds import WindowedQuantile
 from . import _state as states
 from ._response import exceeds, shrink
@@ -26,10 +26,10 @@ class AdaptiveClipState(NamedTuple):
 
 def adaptive_clip(
     *,
-    quantile: Number = 0.9,
-    factor: Number = 1.05,
-    growth: Number = 3.0,
-    start: Number = 0.01,
+    quantile: Number | Schedule = 0.9,
+    factor: Number | Schedule = 1.05,
+    growth: Number | Schedule = 3.0,
+    start: Number | Schedule = 0.01,
     window: int = 64,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -51,7 +51,8 @@ def adaptive_clip(
     A step with a NaN or an infinity becomes zero, is counted, and is not remembered.
 
     Args:
-        quantile: q in [0, 1], which of the recent norms is the measure.
+        quantile: q in [0, 1], which of the recent norms is the measure.  This and the
+            next three are numbers, traced values or schedules.
         factor: f > 0, how far above it the threshold stands.
         growth: g > 0, how many thresholds a norm is remembered at, at most.
         start: s > 0, the first threshold relative to the parameters.
@@ -74,19 +75,24 @@ def adaptive_clip(
         Networks, 2020, https://arxiv.org/abs/2007.14469; the bounded memory and the
         first threshold are ours.
     """
-    check.positive(start=start)
-    rule = WindowedQuantile(quantile, factor, growth, window)
+    check.between(0, 1, quantile=quantile)
+    check.positive(factor=factor, growth=growth, start=start)
+    check.whole(2, window=window)
 
     def init(params):
         del params
-        return AdaptiveClipState(states.first(), rule.empty())
+        history = WindowedQuantile(window=window).empty()
+        return AdaptiveClipState(states.first(), history)
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
+        now = [trees.value_at(x, state.clip.step) for x in (quantile, factor, growth)]
+        rule = WindowedQuantile(*now, window)
+        first = trees.value_at(start, state.clip.step)
         norm = norms.global_norm(updates, scaled=True, axis_name=axis_name)
         bound = jax.lax.cond(
             state.norm_history[0] < 0,  # nothing is remembered
-            lambda: _first_threshold(params, start, axis_name),
+            lambda: first * _param_norm(params, axis_name),
             lambda: rule.threshold(state.norm_history),
         )
         scale = shrink(norm, bound)
@@ -108,11 +114,10 @@ def adaptive_clip(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _first_threshold(
-    params: PyTree, start: Number, axis_name: AxisName
-) -> Float[Array, ""]:
+def _param_norm(params: PyTree, axis_name: AxisName) -> Float[Array, ""]:
+    """Returns the norm of the parameters, infinity where there is none to go by."""
     if params is None:
         return jnp.asarray(jnp.inf, jnp.float32)
     norm = norms.global_norm(params, scaled=True, axis_name=axis_name)
-    start = jnp.asarray(start, jnp.float32)
-    return start * jnp.maximum(norm.astype(jnp.float32), _LEAST_PARAM_NORM)
+    norm = jnp.where(jnp.isfinite(norm), norm, jnp.inf).astype(jnp.float32)
+    return jnp.maximum(norm, _LEAST_PARAM_NORM)

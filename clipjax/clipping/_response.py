@@ -9,10 +9,11 @@ def shrink(
 ) -> Float[Array, "..."]:
     """Returns c / max(c, n): one, exactly, for a norm that is within its bound.
 
-    One also for a norm that is not finite.  The division comes last, where XLA does not
+    One also for a norm or a bound that is not finite.  The division comes last, where XLA does not
     repeat it for every entry that is scaled.
     """
-    bound = jnp.minimum(bound.astype(norm.dtype), jnp.finfo(norm.dtype).max)
+    most = jnp.finfo(norm.dtype).max
+    bound = jnp.nan_to_num(bound.astype(norm.dtype), nan=most, posinf=most)
     known = jnp.where(jnp.isfinite(norm), norm, jnp.zeros_like(norm))
     larger = jnp.maximum(bound, known)
     # Zero only where both are; what is scaled is then zero too.

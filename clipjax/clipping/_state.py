@@ -42,10 +42,11 @@ def after(
 ) -> ClipState:
     """Returns the state after an update, with nothing non-finite in it."""
     known = jnp.isfinite(norm)
-    limit = jnp.finfo(jnp.float32).max
+    limit = float(jnp.finfo(jnp.float32).max)
 
     def keep(new, old):
-        return jnp.where(known, jnp.minimum(new, limit).astype(old.dtype), old)
+        within = jnp.minimum(new, limit).astype(old.dtype)
+        return jnp.where(known & ~jnp.isnan(new), within, old)
 
     return ClipState(
         trees.next_step(state.step),

@@ -38,7 +38,8 @@ def adaptive_grad_clip(
         eps: ε > 0, the least parameter norm, so that units that start at zero can move.
         axis: the axes that a unit spans, for all leaves; or a function of path and
             leaf that returns them, or `None` for the default.
-        axis_name: inside `jax.shard_map`, the mesh axes that split the axes of a unit.
+        axis_name: inside `jax.shard_map`, the mesh axes that split the axes of a unit;
+            every leaf that is split has to be split along these.
 
     Example:
         >>> tx = adaptive_grad_clip(0.1)
@@ -64,7 +65,7 @@ def adaptive_grad_clip(
         del extra_args
         check.given_params("adaptive_grad_clip", params)
         ratio = trees.value_at(clipping, state.step)
-        weights = trees.by_path(params)
+        weights = trees.floats(params)
         before, after, factors, above = {}, {}, {}, jnp.zeros([], bool)
         for path, leaf in trees.floats(updates).items():
             check.same_shape("adaptive_grad_clip", path, leaf, weights.get(path))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from tqdm.auto import tqdm
@@ -75,7 +76,8 @@ def selected_sparsity(plan: Plan, sparsity: float) -> float:
         sparsity: the share of zeros among all the parameters.
     """
     make = functools.partial(plan.net.init, shape=plan.dataset.shape)
-    leaves = trees.by_path(jax.eval_shape(make, jax.random.key(0)))
+    shapes = trees.by_path(jax.eval_shape(make, jax.random.key(0)))
+    leaves = {path: jnp.zeros(x.shape, x.dtype) for path, x in shapes.items()}
     whole = sum(leaf.size for leaf in leaves.values())
     pruned = sum(x.size for path, x in leaves.items() if masks.weights(path, x))
     allowed = math.floor((1 - sparsity) * whole + 1e-6)  # 0.1 is a little less

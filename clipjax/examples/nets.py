@@ -30,13 +30,24 @@ def patches(images: Float[Array, "n height width c"]) -> Float[Array, "n 16 size
         images: both sides a multiple of 4 pixels long.
     """
     n, height, width, channels = images.shape
+    size = patch_size((height, width, channels))
+    grid = images.reshape(n, 4, height // 4, 4, width // 4, channels)
+    return grid.swapaxes(2, 3).reshape(n, 16, size)
+
+
+def patch_size(shape: tuple[int, int, int]) -> int:
+    """How many numbers make up one of the 4 by 4 patches of an image.
+
+    Args:
+        shape: of the image, both sides a multiple of 4 pixels long.
+    """
+    height, width, channels = shape
     if height % 4 or width % 4:
         raise ValueError(
             f"The images have {height} by {width} pixels, but the transformer cuts them"
             " into 4 by 4 patches: choose images whose sides are multiples of 4."
         )
-    grid = images.reshape(n, 4, height // 4, 4, width // 4, channels)
-    return grid.swapaxes(2, 3).reshape(n, 16, -1)
+    return height * width * channels // 16
 
 
 def convolve(
@@ -46,7 +57,7 @@ def convolve(
     padding: Any,
     **options: Any,
 ) -> Float[Array, "n rows columns d"]:
-    """Convolves as `jax.lax.conv_general_dilated` does for a flax layer without options.
+    """Convolves, in the place of `jax.lax.conv_general_dilated` in a flax layer.
 
     One matrix product over shifted copies of the images: inside a scan on a CPU that
     trains about ten times faster than XLA's own convolution (measured with jax 0.10).

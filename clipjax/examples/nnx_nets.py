@@ -131,7 +131,7 @@ class Transformer(nnx.Module):
     def __init__(self, shape, *, width=64, depth=2, heads=4, classes=10, rngs):
         """For images of `shape`."""
         self.depth = depth
-        self.patches = nnx.Linear(math.prod(shape) // 16, width, rngs=rngs)
+        self.patches = nnx.Linear(nets.patch_size(shape), width, rngs=rngs)
         self.position = nnx.Embed(16, width, rngs=rngs)
         for i in range(depth):
             setattr(self, f"block_{i}", Block(width, heads, rngs=rngs))

@@ -113,6 +113,6 @@ def lines(trained: Trained) -> bytes:
     return "".join(rows).encode()
 
 
-def _short(value: float) -> float:
+def _short(value: int | float) -> int | float:
     """All the digits that a float32 has, and no more."""
-    return float(f"{value:.8g}")
+    return float(f"{value:.8g}") if isinstance(value, float) else value

@@ -1,6 +1,6 @@
 """Parameters that come out exactly sparse: the projection at the end of a chain."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ def sparsify(
     score: scores.Score = scores.magnitude,
     pattern: patterns.Pattern = patterns.Unstructured(),
     allocation: allocations.Allocation = allocations.uniform,
-    every: Number = 1,
+    every: Number | Schedule = 1,
     where: Where = masks.weights,
     storage: masks.Bits | masks.Zeros = masks.Bits(),
     axis_name: AxisName = None,
@@ -69,7 +69,7 @@ def sparsify(
         score: a function of a parameter and its update, the highest to keep.
         pattern: in what shape zeros come, from `patterns`.
         allocation: how the leaves share the sparsity, from `allocations`.
-        every: steps between two masks, ≥ 1.
+        every: steps between two masks, ≥ 1, rounded down; or a schedule of them.
         where: which leaves are made sparse, by path and leaf; floating leaves of rank 2
             or more that are no bias, scale or embedding.
         storage: how a mask is kept between two steps.
@@ -96,8 +96,8 @@ def sparsify(
     stores = isinstance(storage, masks.Bits)
 
     def chosen(params):
-        leaves = trees.by_path(params)
-        return {p: x for p, x in leaves.items() if jnp.size(x) and where(p, x)}
+        leaves = trees.floats(params)
+        return {p: x for p, x in leaves.items() if x.size and where(p, x)}
 
     def init(params):
         leaves = chosen(params)
@@ -112,8 +112,8 @@ def sparsify(
     def update(updates, state, params=None, **extra_args):
         del extra_args
         check.given_params("sparsify", params)
-        leaves, moves = chosen(params), trees.by_path(updates)
-        due = state.mask_age >= every
+        leaves, moves = chosen(params), trees.floats(updates)
+        due = state.mask_age >= trees.value_at(every, state.step).astype(jnp.int32)
 
         def search():
             share = jnp.clip(trees.value_at(sparsity, state.step), 0, 1)
@@ -149,10 +149,10 @@ def sparsify(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _projected(update: Array, param: Array, mask: Bool[Array, "..."]) -> Array:
+def _projected(update: Any, param: Array, mask: Bool[Array, "..."]) -> Array:
     """Returns the update that takes what is not kept to zero."""
     dtype = jnp.promote_types(jnp.result_type(update), jnp.result_type(param))
-    return jnp.where(mask, update.astype(dtype), -param.astype(dtype))
+    return jnp.where(mask, jnp.asarray(update, dtype), -param.astype(dtype))
 
 
 def _columns(x: Array) -> int:
@@ -174,6 +174,6 @@ def _measured(kept: dict[str, Array], axis_name: AxisName) -> tuple[PyTree, ...]
         size[path] = mask.size * meshes.blocks(mask, axis_name)
         dropped[path] = size[path] - masks.count(mask, axis_name=axis_name)
     zeros = {path: number.astype(jnp.float32) for path, number in dropped.items()}
-    shares = {path: zeros[path] / size[path] for path in kept}
-    total = jnp.sum(jnp.stack(list(zeros.values()))) / sum(size.values())
+    shares = {path: zeros[path] / float(size[path]) for path in kept}
+    total = jnp.sum(jnp.stack(list(zeros.values()))) / float(sum(size.values()))
     return {path: _pack(mask) for path, mask in kept.items()}, shares, total
