@@ -54,7 +54,7 @@ def table():
     rows = {
         "relative error of the norm of 10,000 bfloat16 leaves": norm_errors(),
         "an entry of four float16 entries of 300, clipped to norm 1": half_clipped(),
-        f"norm clipped to 1 inside `shard_map`, {jax.device_count()} device(s)": (
+        f"norm clipped to 1 inside `shard_map`, {jax.device_count()} devices": (
             sharded_norms()
         ),
     }

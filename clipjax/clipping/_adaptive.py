@@ -86,9 +86,14 @@ def adaptive_clip(
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        now = [trees.value_at(x, state.clip.step) for x in (quantile, factor, growth)]
-        rule = WindowedQuantile(*now, window)
-        first = trees.value_at(start, state.clip.step)
+        step = state.clip.step
+        rule = WindowedQuantile(
+            trees.value_at(quantile, step),
+            trees.value_at(factor, step),
+            trees.value_at(growth, step),
+            window,
+        )
+        first = trees.value_at(start, step)
         norm = norms.global_norm(updates, scaled=True, axis_name=axis_name)
         bound = jax.lax.cond(
             state.norm_history[0] < 0,  # nothing is remembered

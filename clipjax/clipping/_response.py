@@ -9,8 +9,8 @@ def shrink(
 ) -> Float[Array, "..."]:
     """Returns c / max(c, n): one, exactly, for a norm that is within its bound.
 
-    One also for a norm or a bound that is not finite.  The division comes last, where XLA does not
-    repeat it for every entry that is scaled.
+    One also for a norm or a bound that is not finite.  The division comes last, where
+    XLA does not repeat it for every entry that is scaled.
     """
     most = jnp.finfo(norm.dtype).max
     bound = jnp.nan_to_num(bound.astype(norm.dtype), nan=most, posinf=most)
