@@ -9,7 +9,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
 from .train import History
 
-_BLUE, _ORANGE, _BLACK = "tab:blue", "tab:orange", "black"
+_BLUE, _ORANGE, _RED, _GRAY = "tab:blue", "tab:orange", "tab:red", "silver"
 
 
 def training(history: History, *, title: str = "") -> Figure:
@@ -54,24 +54,24 @@ def _norms(axes: Axes, history: History) -> None:
     seen = norm[np.isfinite(norm) & (norm > 0)]
     if seen.size:  # what a threshold does before it knows any norm is of no interest
         axes.set_ylim(seen.min() / 1.5, seen.max() * 1.5)
+    if "clipped_norm" in history:
+        cut = np.flatnonzero(history["clipped_norm"] < norm)
+        dots = {"marker": ".", "linestyle": "", "markersize": 3, "color": _ORANGE}
+        axes.plot(cut + 1, norm[cut], label=f"clipped ({cut.size:,} steps)", **dots)
     if "threshold" in history:
         bound = history["threshold"]
         bound = np.where(np.isfinite(bound), bound, np.nan)  # gaps, not cliffs
-        axes.plot(_steps(bound), bound, color=_ORANGE, label="threshold")
-    if "clipped_norm" in history:
-        cut = np.flatnonzero(history["clipped_norm"] < norm)
-        dots = {"marker": ".", "linestyle": "", "color": _ORANGE, "markersize": 5}
-        axes.plot(cut + 1, norm[cut], label=f"clipped ({cut.size:,} steps)", **dots)
+        axes.plot(_steps(bound), bound, color=_RED, linewidth=1.2, label="threshold")
 
 
 def _sparsities(axes: Axes, history: History) -> None:
+    if "sparsity" in history:
+        whole = history["sparsity"]
+        axes.plot(_steps(whole), whole, color=_GRAY, linewidth=5, label="together")
     leaves = [name for name in history if name.startswith("sparsity/")]
     for name in leaves[:8] if len(leaves) > 1 else []:  # more lines would say nothing
         label = name.removeprefix("sparsity/")
-        axes.plot(_steps(history[name]), history[name], linewidth=1, label=label)
-    if "sparsity" in history:
-        whole = history["sparsity"]
-        axes.plot(_steps(whole), whole, color=_BLACK, linewidth=2, label="all of them")
+        axes.plot(_steps(history[name]), history[name], linewidth=1.2, label=label)
     axes.set(ylabel="sparsity", ylim=(0, 1.02))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
 

@@ -1,0 +1,331 @@
+"""Adaptive clipping on streams of norms: what passes, what does not, how fast."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import clipjax
+from clipjax.thresholds import WindowedQuantile
+from helpers import assert_same, normal, x64
+
+DEFAULT = clipjax.adaptive_clip()
+
+
+@functools.cache
+def feeding(tx):
+    """The outgoing norms and the thresholds of a stream of incoming norms."""
+
+    @jax.jit
+    def feed(norms, size):
+        params = {"w": jnp.array([0.6, 0.8]) * size}
+
+        def step(state, norm):
+            updates, state = tx.update({"w": params["w"] / size * norm}, state, params)
+            return state, (jnp.sqrt(jnp.sum(updates["w"] ** 2)), state.clip.threshold)
+
+        return jax.lax.scan(step, tx.init(params), norms)
+
+    return feed
+
+
+def fed(norms, *, tx=DEFAULT, param_norm=1e4):
+    norms = jnp.asarray(norms, jnp.float32)
+    state, (out, thresholds) = feeding(tx)(norms, jnp.float32(param_norm))
+    return np.asarray(out), np.asarray(thresholds), state
+
+
+def usual(count=300, *, level=1.0, seed=0):
+    """Ordinary norms: lognormal, with a deviation of a tenth."""
+    return level * np.exp(np.random.default_rng(seed).normal(0, 0.1, count))
+
+
+def reference(norms, *, first, quantile=0.9, factor=1.05, growth=3.0, window=64):
+    """The rule in plain Python: outgoing norms and thresholds."""
+    history, out, thresholds = [], [], []
+    for norm in norms:
+        recent = history[-window:]
+        bound = factor * np.quantile(recent, quantile) if recent else first
+        thresholds.append(bound if np.isfinite(norm) else thresholds[-1])
+        out.append(min(norm, bound) if np.isfinite(norm) else 0.0)
+        if np.isfinite(norm) and norm > 0:
+            history.append(min(norm, growth * bound))
+    return np.array(out), np.array(thresholds)
+
+
+ROUGH = usual(300, seed=7)
+ROUGH[150:] *= 5
+ROUGH[[50, 120, 121, 200]] = [1e3, 1e6, 40, 0]
+ROUGH[[3, 90, 91, 250]] = [np.inf, np.nan, np.nan, np.inf]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"quantile": 0.5, "factor": 2.0, "growth": 10.0, "window": 16},
+        {"quantile": 1.0, "window": 2},
+        {"quantile": 0.0, "factor": 3.0, "window": 5},
+    ],
+)
+def test_it_is_its_rule(options):
+    tx = clipjax.adaptive_clip(start=1e-4, **options)
+    out, thresholds, _ = fed(ROUGH, tx=tx)
+    expected = reference(ROUGH, first=1.0, **options)
+    np.testing.assert_allclose(out, expected[0], rtol=2e-5)
+    np.testing.assert_allclose(thresholds, expected[1], rtol=2e-5)
+
+
+# What passes
+
+
+def test_ordinary_steps_pass_bit_for_bit():
+    norms = usual(600)
+    out, thresholds, state = fed(norms)
+    within = np.float32(norms) < thresholds
+    assert (out[64:] < norms[64:] * (1 - 1e-6)).mean() < 0.08
+    np.testing.assert_allclose(out[within], norms[within], rtol=3e-7)
+    assert state.clip.clipped_steps == (~within).sum()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+def test_within_the_threshold_every_bit_passes(dtype):
+    with x64(dtype == "float64"):
+        params = {"w": jnp.full((50,), 100, dtype)}
+        updates = {"w": normal((50,), dtype=dtype) / jnp.asarray(8, dtype)}
+        state, step = DEFAULT.init(params), jax.jit(DEFAULT.update)
+        for _ in range(3):
+            passed, state = step(updates, state, params)
+            assert_same(passed, updates, rtol=0)
+        assert state.clip.clipped_steps == 0
+
+
+def test_a_constant_norm_passes():
+    out, thresholds, _ = fed(np.full(100, 3.0))
+    np.testing.assert_allclose(out, 3, rtol=1e-6)
+    np.testing.assert_allclose(thresholds[1:], 1.05 * 3, rtol=1e-6)
+
+
+def test_a_slow_fall_and_rise_pass():
+    ramp = np.concatenate([np.geomspace(1, 0.01, 500), np.geomspace(0.01, 1, 500)])
+    out, _, _ = fed(ramp)
+    np.testing.assert_allclose(out, ramp, rtol=0.05)
+
+
+# What does not
+
+
+def test_one_spike_comes_out_at_the_usual_level():
+    norms = usual()
+    norms[200] = 1000
+    out, _, state = fed(norms)
+    assert out[200] < 1.3
+    assert state.clip.nonfinite_steps == 0
+
+
+@pytest.mark.parametrize("gap", [1, 2, 20])
+def test_a_second_spike_is_caught_like_the_first(gap):
+    """A statistic fed with raw norms would be blinded by the first."""
+    norms = usual()
+    norms[[200, 200 + gap]] = 1000, 10
+    out, _, _ = fed(norms)
+    assert out[200] < 1.3
+    assert out[200 + gap] < 1.3
+
+
+def test_five_spikes_in_a_row_are_caught():
+    norms = usual()
+    norms[200:205] = 1000
+    out, thresholds, _ = fed(norms)
+    assert out[200:205].max() < 1.5
+    assert thresholds[206:].max() < 1.6  # and leave no trace
+
+
+def test_spikes_now_and_then_are_caught():
+    """One step in fifty, for long: fewer than the quantile leaves above it."""
+    norms = usual(1000)
+    norms[100::50] = 100
+    out, _, _ = fed(norms)
+    assert out[100::50].max() < 1.5
+
+
+def test_a_spike_does_not_hide_what_follows():
+    norms = usual()
+    norms[200] = 1000
+    out, _, _ = fed(norms)
+    calm, _, _ = fed(np.delete(norms, 200))
+    assert (np.abs(out[201:] / calm[200:] - 1) < 0.15).all()
+
+
+# A lasting change
+
+
+@pytest.mark.parametrize(("change", "patience"), [(2, 9), (3, 9), (10, 18), (100, 30)])
+def test_a_lasting_rise_passes_soon(change, patience):
+    """Rules fed with clipped norms never let go."""
+    norms = np.concatenate([usual(200), usual(200, level=change, seed=1)])
+    out, _, _ = fed(norms)
+    passing = out[200:] >= 0.9 * norms[200:]
+    assert passing[patience:].mean() > 0.9
+    assert passing[patience + 40 :].mean() > 0.97
+    assert not passing[0] or change < 1.5
+
+
+def test_a_lasting_fall_is_followed():
+    norms = np.concatenate([usual(200), usual(200, level=0.3, seed=1)])
+    norms[300] = 3
+    out, thresholds, _ = fed(norms)
+    assert thresholds[-1] < 0.3 * 1.5
+    assert out[300] < 0.3 * 1.5
+
+
+def test_a_fall_does_not_make_the_next_rise_slower():
+    falls = [usual(100), usual(100, level=1e-3, seed=1), usual(100, level=1, seed=2)]
+    norms = np.concatenate(falls)
+    out, _, _ = fed(norms)
+    assert (out[245:] >= 0.9 * norms[245:]).mean() > 0.9
+
+
+# The first steps
+
+
+@pytest.mark.parametrize("norm", [1.0, 1e6, 1e30, 1e36])
+def test_the_first_step_is_bounded_by_the_parameters(norm):
+    out, thresholds, _ = fed([norm], param_norm=10.0)
+    np.testing.assert_allclose(thresholds, 0.1, rtol=1e-6)
+    np.testing.assert_allclose(out, 0.1, rtol=1e-6)
+
+
+def test_parameters_at_zero_can_move():
+    tx, params = clipjax.adaptive_clip(start=0.5), {"w": jnp.zeros(2)}
+    updates, _ = tx.update({"w": jnp.array([3.0, 4.0])}, tx.init(params), params)
+    assert_same(updates, {"w": jnp.array([3e-4, 4e-4])})
+
+
+def test_without_parameters_the_first_step_passes():
+    tx = clipjax.adaptive_clip()
+    updates = {"w": jnp.array([3e6, 4e6])}
+    passed, state = tx.update(updates, tx.init(updates))
+    assert_same(passed, updates, rtol=0)
+    again, _ = tx.update({"w": jnp.array([3e9, 4e9])}, state)
+    np.testing.assert_allclose(again["w"], [3.15e6, 4.2e6], rtol=1e-6)
+
+
+@pytest.mark.parametrize("level", [1e-6, 1.0, 1e3, 1e5])
+def test_any_scale_is_found_in_a_few_steps(level):
+    out, _, _ = fed(usual(100, level=level), param_norm=10.0)
+    norms = usual(100, level=level)
+    assert (out[20:] >= 0.9 * norms[20:]).mean() > 0.9
+
+
+def test_a_bad_first_step_is_forgotten():
+    norms = usual(200)
+    norms[0] = 1e6
+    out, _, _ = fed(norms, param_norm=50.0)
+    assert out[0] == pytest.approx(0.5)
+    assert (out[20:] >= 0.9 * norms[20:]).mean() > 0.9
+
+
+# Steps that are not finite
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_step_that_is_not_finite_becomes_zero_and_is_not_remembered(bad):
+    params, updates = normal({"a": (3,), "b": (2, 2)}), normal({"a": (3,), "b": (2, 2)})
+    step = jax.jit(DEFAULT.update)
+    _, state = step(updates, DEFAULT.init(params), params)
+    broken = updates | {"a": updates["a"].at[1].set(bad)}
+    out, after = step(broken, state, params)
+    assert_same(out, jax.tree.map(jnp.zeros_like, updates), rtol=0)
+    assert_same(after.norm_history, state.norm_history, rtol=0)
+    clip = state.clip._replace(step=jnp.int32(2), nonfinite_steps=jnp.int32(1))
+    assert_same(after.clip, clip, rtol=0)
+
+
+def test_half_of_all_steps_may_be_broken():
+    norms = usual(400)
+    norms[::2] = np.nan
+    out, _, state = fed(norms)
+    np.testing.assert_array_equal(out[::2], 0)
+    assert (out[101::2] >= 0.9 * norms[101::2]).mean() > 0.9
+    assert state.clip.nonfinite_steps == 200
+
+
+def test_zeros_pass_and_are_not_remembered():
+    norms = usual(300)
+    norms[100:200] = 0
+    out, thresholds, _ = fed(norms)
+    np.testing.assert_array_equal(out[100:200], 0)
+    np.testing.assert_allclose(thresholds[100:200], thresholds[100], rtol=1e-6)
+    assert (out[200:] >= 0.85 * norms[200:]).mean() > 0.9
+
+
+def test_nothing_but_zeros():
+    out, _, state = fed(np.zeros(10))
+    np.testing.assert_array_equal(out, 0)
+    assert (state.norm_history == -1).all()
+
+
+# The rule by itself
+
+
+@pytest.mark.parametrize("quantile", [0.0, 0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("known", [1, 2, 7, 16])
+def test_the_threshold_is_a_quantile_of_what_is_known(quantile, known):
+    rule = WindowedQuantile(quantile=quantile, factor=2.0, window=16)
+    norms = np.random.default_rng(known).lognormal(size=known).astype(np.float32)
+    history = rule.empty()
+    for norm in norms:
+        history = rule.remember(history, jnp.float32(norm), jnp.float32(jnp.inf))
+    actual = jax.jit(rule.threshold)(history)
+    np.testing.assert_allclose(actual, 2 * np.quantile(norms, quantile), rtol=2e-6)
+
+
+def test_an_empty_history_sets_no_threshold():
+    rule = WindowedQuantile()
+    assert rule.threshold(rule.empty()) == jnp.inf
+
+
+def test_the_oldest_norm_is_forgotten():
+    rule = WindowedQuantile(window=3)
+    history = rule.empty()
+    for norm in (1.0, 2.0, 3.0, 4.0):
+        history = rule.remember(history, jnp.float32(norm), jnp.float32(100))
+    assert_same(history, jnp.array([4.0, 3.0, 2.0]), rtol=0)
+
+
+@pytest.mark.parametrize("norm", [0.0, np.nan, np.inf])
+def test_what_tells_nothing_is_not_remembered(norm):
+    rule = WindowedQuantile(window=3)
+    history = jnp.array([1.0, 2.0, -1.0])
+    assert_same(rule.remember(history, jnp.float32(norm), jnp.float32(1)), history)
+
+
+# In a chain
+
+
+def test_training_survives_what_breaks_it_otherwise():
+    """Least squares, one gradient in twenty a thousand times too large."""
+    truth = normal((8,), seed=1)
+
+    def error(tx):
+        @jax.jit
+        def step(carry, key):
+            w, state = carry
+            x = jax.random.normal(key, (16, 8))
+            slope = x.T @ (x @ (w - truth)) / 16
+            broken = jax.random.bernoulli(jax.random.fold_in(key, 1), 0.05)
+            slope = jnp.where(broken, 1000 * slope, slope)
+            updates, state = tx.update(slope, state, w)
+            return (optax.apply_updates(w, updates), state), None
+
+        start = jnp.full(8, 5.0)
+        keys = jax.random.split(jax.random.key(0), 400)
+        (w, _), _ = jax.lax.scan(step, (start, tx.init(start)), keys)
+        return float(jnp.max(jnp.abs(w - truth)))
+
+    assert error(optax.chain(clipjax.adaptive_clip(), optax.scale(-0.1))) < 0.02
+    assert not error(optax.scale(-0.1)) < 1e3

@@ -1,0 +1,387 @@
+"""Sparsify: exact zeros, exact numbers of them, at the right step, in few bytes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import P
+
+import clipjax
+from clipjax import allocations, masks, patterns
+from helpers import assert_same, normal, relaxed, x64
+
+SHAPES = {"a": {"kernel": (9, 11), "bias": (11,)}, "b": {"kernel": (11, 5)}}
+SIZES = {"a/kernel": 99, "b/kernel": 55}
+STORAGES = {"bits": masks.Bits(), "zeros": masks.Zeros()}
+each_storage = pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES)
+
+
+def kernels(tree):
+    return {"a/kernel": tree["a"]["kernel"], "b/kernel": tree["b"]["kernel"]}
+
+
+def zeros(tree):
+    return {path: int((leaf == 0).sum()) for path, leaf in kernels(tree).items()}
+
+
+def kept(size, sparsity):
+    """n - ⌈s·n⌉, but one at least."""
+    return max(size - int(np.ceil(round(sparsity * 1e7) / 1e7 * size - 1e-9)), 1)
+
+
+def train(tx, params, grads, *, steps):
+    """The parameters after each step, and the last state."""
+
+    @jax.jit
+    def step(carry, index):
+        params, state = carry
+        slope = jax.tree.map(lambda g: g * (1 + index.astype(g.dtype)), grads)
+        with relaxed():
+            updates, state = tx.update(slope, state, params)
+        params = optax.apply_updates(params, updates)
+        return (params, state), params
+
+    with relaxed():
+        start = (params, tx.init(params))
+    (_, state), history = jax.lax.scan(step, start, jnp.arange(steps, dtype=jnp.int32))
+    return [jax.tree.map(lambda leaf: leaf[i], history) for i in range(steps)], state
+
+
+# Exact zeros
+
+
+@each_storage
+@pytest.mark.parametrize("optimizer", [optax.sgd(0.1), optax.adamw(1e-2)])
+@pytest.mark.parametrize(
+    ("param_dtype", "grad_dtype"),
+    [
+        ("float32", "float32"),
+        ("float32", "bfloat16"),  # a rounded -θ would leave residues
+        ("float32", "float16"),
+        ("bfloat16", "bfloat16"),
+        ("bfloat16", "float32"),
+        ("float16", "float16"),
+        ("float64", "float32"),
+    ],
+)
+def test_pruned_entries_are_zero_bit_for_bit(
+    param_dtype, grad_dtype, optimizer, storage
+):
+    with x64(param_dtype == "float64"):
+        params, grads = (
+            normal(SHAPES, dtype=param_dtype),
+            normal(SHAPES, dtype=grad_dtype),
+        )
+        tx = optax.chain(optimizer, clipjax.sparsify(0.7, storage=storage, every=2))
+        history, _ = train(tx, params, grads, steps=3)
+        for after in history:
+            assert zeros(after) == {p: n - kept(n, 0.7) for p, n in SIZES.items()}
+            for leaf in kernels(after).values():
+                assert not jnp.signbit(jnp.where(leaf == 0, leaf, 1)).any()
+            assert (after["a"]["bias"] != 0).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_bad_update_of_a_pruned_entry_does_nothing(bad):
+    params = {"kernel": jnp.array([[3.0, 1.0], [2.0, 4.0]])}
+    updates = {"kernel": jnp.full((2, 2), bad)}
+    tx = clipjax.sparsify(0.5)
+    projected, _ = tx.update(updates, tx.init(params), params)
+    expected = jnp.array([[bad, -1.0], [-2.0, bad]])
+    assert_same(projected, {"kernel": expected}, rtol=0, equal_nan=True)
+
+
+def test_the_largest_stay_and_their_updates_pass():
+    params, updates = normal(SHAPES), normal(SHAPES, seed=1)
+    tx = clipjax.sparsify(0.6)
+    projected, _ = jax.jit(tx.update)(updates, tx.init(params), params)
+    assert_same(projected["a"]["bias"], updates["a"]["bias"], rtol=0)
+    for name in ("a", "b"):
+        p, u = (np.asarray(tree[name]["kernel"]) for tree in (params, updates))
+        order = np.argsort(-np.abs(p), axis=None, kind="stable")
+        mask = np.zeros(p.size, bool)
+        mask[order[: kept(p.size, 0.6)]] = True
+        expected = np.where(mask.reshape(p.shape), u, -p)
+        np.testing.assert_array_equal(projected[name]["kernel"], expected)
+
+
+# The right number, at the right step
+
+
+@pytest.mark.parametrize(
+    "allocation",
+    [allocations.uniform, allocations.global_, allocations.erdos_renyi_kernel],
+)
+def test_every_mask_has_the_exact_number(allocation):
+    grid = jnp.linspace(0, 1, 11)
+    schedule = lambda step: grid[jnp.minimum(step, 10)]  # noqa: E731
+    tx = optax.chain(optax.sgd(1e-3), clipjax.sparsify(schedule, allocation=allocation))
+    params, grads = normal(SHAPES), normal(SHAPES, seed=1)
+    history, _ = train(tx, params, grads, steps=11)
+    for index, after in enumerate(history):
+        if allocation is allocations.uniform:
+            expected = sum(n - kept(n, index / 10) for n in SIZES.values())
+        else:
+            expected = 154 - max(kept(154, index / 10), 2)
+        assert sum(zeros(after).values()) == expected
+
+
+@each_storage
+def test_the_cubic_ramp(storage):
+    """Zhu & Gupta: s(t) = s₁ + (s₀ - s₁)·(1 - (t - t₀)/T)³, a mask every 5 steps."""
+    ramp = optax.polynomial_schedule(0.1, 0.9, 3, 20, transition_begin=5)
+    tx = clipjax.sparsify(ramp, every=5, storage=storage)
+    chain = optax.chain(optax.sgd(1e-3), tx)
+    params, grads = normal(SHAPES), normal(SHAPES, seed=1)
+    history, state = train(chain, params, grads, steps=32)
+    for step, after in enumerate(history):
+        due = step - step % 5
+        share = 0.9 - 0.8 * (1 - min(max(due - 5, 0), 20) / 20) ** 3
+        assert zeros(after) == {p: n - kept(n, share) for p, n in SIZES.items()}
+    assert state[-1].step == 32
+    assert state[-1].mask_age == 2
+
+
+@each_storage
+def test_between_two_masks_zeros_stay_and_nothing_else_becomes_zero(storage):
+    tx = optax.chain(optax.sgd(0.05), clipjax.sparsify(0.5, every=4, storage=storage))
+    params, grads = normal(SHAPES), normal(SHAPES, seed=1)
+    history, _ = train(tx, params, grads, steps=8)
+    for first in (0, 4):
+        for after in history[first : first + 4]:
+            for one, other in zip(*map(kernels, (history[first], after)), strict=True):
+                assert one == other
+            for path, leaf in kernels(after).items():
+                same = kernels(history[first])[path] == 0
+                np.testing.assert_array_equal(leaf == 0, same)
+    assert zeros(history[0]) == zeros(history[7])
+
+
+def test_with_magnitudes_a_pruned_entry_stays_pruned():
+    tx = optax.chain(optax.sgd(0.05), clipjax.sparsify(0.5))
+    history, _ = train(tx, normal(SHAPES), normal(SHAPES, seed=1), steps=6)
+    for after in history:
+        for path, leaf in kernels(after).items():
+            np.testing.assert_array_equal(leaf == 0, kernels(history[0])[path] == 0)
+
+
+def test_a_falling_sparsity_lets_entries_return():
+    fall = optax.piecewise_constant_schedule(0.8, {2: 0.25})
+    tx = optax.chain(optax.sgd(0.05), clipjax.sparsify(fall))
+    history, _ = train(tx, normal(SHAPES), normal(SHAPES, seed=1), steps=5)
+    counts = [sum(zeros(after).values()) for after in history]
+    assert counts[0] == counts[1] > counts[4] + 60
+
+
+@pytest.mark.parametrize("broken", [0, 3, 4, 6])
+def test_a_mask_that_a_wrapper_discards_is_made_up_for(broken):
+    """Counting steps alone, a NaN just when a mask is due would lose it."""
+    tx = clipjax.sparsify(lambda step: 0.1 + 0.1 * step.astype(jnp.float32), every=3)
+    wrapped = optax.apply_if_finite(optax.chain(optax.sgd(1e-3), tx), 10)
+    params, grads = normal(SHAPES), normal(SHAPES, seed=1)
+    with relaxed():
+        state, update = wrapped.init(params), jax.jit(wrapped.update)
+        made = []
+        for step in range(9):
+            slope = jnp.nan if step == broken else 1.0
+            scaled = jax.tree.map(lambda g, s=slope: g * s, grads)
+            updates, state = update(scaled, state, params)
+            params = optax.apply_updates(params, updates)
+            made.append(float(state.inner_state[1].total_sparsity))
+    taken = [made[step] for step in range(9) if step != broken]
+    steps = [0, 0, 0, 3, 3, 3, 6, 6]  # inner steps at which each mask was made
+    np.testing.assert_allclose(taken, [0.1 + 0.1 * step for step in steps], atol=0.02)
+    assert state.total_notfinite == 1
+
+
+# Bits and zeros
+
+
+def test_both_ways_to_store_a_mask_train_alike():
+    ramp = optax.polynomial_schedule(0.0, 0.8, 3, 15)
+    params, grads = normal(SHAPES), normal(SHAPES, seed=1)
+    runs = [
+        train(
+            optax.chain(optax.adamw(1e-2), clipjax.sparsify(ramp, every=4, storage=s)),
+            params,
+            grads,
+            steps=20,
+        )[0]
+        for s in STORAGES.values()
+    ]
+    assert_same(runs[0], runs[1], rtol=0)
+    assert sum(zeros(runs[0][-1]).values()) == sum(
+        n - kept(n, 0.8) for n in SIZES.values()
+    )
+
+
+def test_a_kept_entry_at_zero_moves_with_bits_only():
+    """Without a stored mask it is taken for pruned until the next mask."""
+    params = {"kernel": jnp.array([[0.0, 2.0, 3.0, 0.0]])}
+    updates = {"kernel": jnp.ones((1, 4))}
+    for storage, expected in [("bits", [1, 1, 1, 0]), ("zeros", [0, 1, 1, 0])]:
+        tx = clipjax.sparsify(0.25, every=9, storage=STORAGES[storage])
+        _, state = tx.update(updates, tx.init(params), params)
+        second, _ = tx.update(updates, state, params)
+        assert_same(second, {"kernel": jnp.array([expected], jnp.float32)})
+
+
+def test_a_mask_costs_a_bit_a_parameter_or_nothing():
+    shapes = {"a": {"kernel": (64, 256)}, "b": {"kernel": (30, 100)}, "c": (17,)}
+    params = normal(shapes)
+
+    def stored(storage):
+        state = clipjax.sparsify(0.5, storage=storage).init(params)
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+
+    entries, rows, scalars = 64 * 256 + 30 * 100, 64 + 30, 5 * 4
+    assert stored(masks.Bits()) <= entries / 8 + rows + scalars
+    assert stored(masks.Zeros()) <= scalars
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_stored_bits_are_split_as_their_parameters(kind):
+    axis_types = (getattr(jax.sharding.AxisType, kind),)
+    mesh = jax.make_mesh((8,), ("d",), axis_types=axis_types)
+    specs = {"rows": P("d"), "columns": P(None, "d")}
+    params = {
+        name: {
+            "kernel": jax.device_put(normal((16, 64)), jax.NamedSharding(mesh, spec))
+        }
+        for name, spec in specs.items()
+    }
+    tx = clipjax.sparsify(0.5)
+    _, state = jax.jit(tx.update)(params, jax.jit(tx.init)(params), params)
+    for name, spec in specs.items():
+        bits = state.mask_bits[f"{name}/kernel"]
+        assert bits.sharding.is_equivalent_to(jax.NamedSharding(mesh, spec), 2)
+
+
+# What is made sparse, and how
+
+
+def test_where_chooses_by_path_and_leaf():
+    params = normal(SHAPES | {"table": {"embedding": (4, 6)}})
+    seen = {}
+
+    def where(path, leaf):
+        seen[path] = leaf.shape
+        return path in ("b/kernel", "a/bias")
+
+    tx = clipjax.sparsify(0.5, where=where)
+    updates, state = tx.update(params, tx.init(params), params)
+    after = optax.apply_updates(params, updates)
+    assert seen == {
+        **{"a/kernel": (9, 11), "a/bias": (11,), "b/kernel": (11, 5)},
+        "table/embedding": (4, 6),
+    }
+    assert set(state.leaf_sparsity) == {"b/kernel", "a/bias"}
+    assert (after["a"]["bias"] == 0).sum() == 6
+    assert zeros(after) == {"a/kernel": 0, "b/kernel": 28}
+    assert (after["table"]["embedding"] != 0).all()
+
+
+def test_where_nothing_is_chosen_all_passes():
+    params, updates = normal(SHAPES), normal(SHAPES, seed=1)
+    tx = clipjax.sparsify(0.5, where=lambda path, leaf: False)
+    passed, state = tx.update(updates, tx.init(params), params)
+    assert_same(passed, updates, rtol=0)
+    assert (state.step, state.total_sparsity) == (1, 0)
+
+
+def test_a_score_sees_parameter_and_update():
+    params = {"kernel": jnp.array([[1.0, 2.0, 3.0, 4.0]])}
+    updates = {"kernel": jnp.array([[4.0, 3.0, 0.5, 0.1]])}
+    tx = clipjax.sparsify(0.5, score=lambda param, update: -jnp.abs(param * update))
+    projected, _ = tx.update(updates, tx.init(params), params)
+    expected = jnp.array([[-1.0, -2.0, 0.5, 0.1]])  # of 4, 6, 1.5 and 0.4
+    assert_same(projected, {"kernel": expected})
+
+
+def test_a_pattern_is_any_value_with_masks():
+    class FirstRow:
+        def masks(self, scores, sparsity, *, allocation, axis_name=None):
+            del sparsity, allocation, axis_name
+            return [jnp.zeros_like(x, bool).at[0].set(True) for x in scores]
+
+    assert isinstance(FirstRow(), patterns.Pattern)
+    params = normal(SHAPES)
+    tx = clipjax.sparsify(0.5, pattern=FirstRow())
+    updates, state = tx.update(params, tx.init(params), params)
+    after = optax.apply_updates(params, updates)
+    assert zeros(after) == {"a/kernel": 88, "b/kernel": 50}
+    np.testing.assert_allclose(state.leaf_sparsity["a/kernel"], 88 / 99, rtol=1e-6)
+
+
+def test_an_allocation_may_have_another_floor():
+    params = normal(SHAPES)
+    allocation = functools.partial(allocations.uniform, floor=7)
+    tx = clipjax.sparsify(1.0, allocation=allocation)
+    updates, _ = tx.update(params, tx.init(params), params)
+    after = optax.apply_updates(params, updates)
+    assert zeros(after) == {"a/kernel": 92, "b/kernel": 48}
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.inf, np.inf])
+def test_a_bad_parameter_takes_one_place_at_most(bad):
+    """NaN ranks lowest, an infinity highest; the number kept is the same."""
+    params = normal(SHAPES)
+    params["a"]["kernel"] = params["a"]["kernel"].at[0, 0].set(bad)
+    tx = clipjax.sparsify(0.5)
+    updates, state = jax.jit(tx.update)(params, tx.init(params), params)
+    after = optax.apply_updates(params, updates)["a"]["kernel"]
+    assert (after == 0).sum() == (49 if np.isnan(bad) else 50)  # NaN - NaN is NaN
+    np.testing.assert_allclose(state.leaf_sparsity["a/kernel"], 50 / 99, rtol=1e-6)
+
+
+# What it remembers
+
+
+@each_storage
+def test_the_state_tells_how_sparse_each_leaf_is(storage):
+    tx = clipjax.sparsify(0.6, storage=storage, every=3)
+    params = normal(SHAPES)
+    state, update = tx.init(params), jax.jit(tx.update)
+    assert (state.total_sparsity, state.step) == (0, 0)
+    for step in range(3):
+        _, state = update(params, state, params)
+        for path, size in SIZES.items():
+            share = 1 - kept(size, 0.6) / size
+            np.testing.assert_allclose(state.leaf_sparsity[path], share, rtol=1e-6)
+        total = 1 - sum(kept(size, 0.6) for size in SIZES.values()) / 154
+        np.testing.assert_allclose(state.total_sparsity, total, rtol=1e-6)
+        assert (state.step, state.mask_age) == (step + 1, step + 1)
+
+
+def test_narrow_updates_leave_as_wide_as_their_parameters():
+    params, updates = normal(SHAPES), normal(SHAPES, dtype="bfloat16")
+    tx = clipjax.sparsify(0.5)
+    projected, _ = tx.update(updates, tx.init(params), params)
+    assert projected["a"]["kernel"].dtype == jnp.float32
+    assert projected["a"]["bias"].dtype == jnp.bfloat16  # not made sparse
+
+
+def test_models_of_billions_of_entries_trace():
+    shape = jax.ShapeDtypeStruct((30_000, 30_000), jnp.float32)
+    params = {str(i): {"kernel": shape} for i in range(3)}  # 2.7e9 entries
+    for allocation in (allocations.uniform, allocations.global_):
+        tx = clipjax.sparsify(0.9, allocation=allocation)
+        state = jax.eval_shape(tx.init, params)
+        updates, after = jax.eval_shape(tx.update, params, state, params)
+        assert updates["0"]["kernel"].shape == (30_000, 30_000)
+        assert jax.tree.structure(after) == jax.tree.structure(state)
+
+
+@pytest.mark.parametrize("every", [2, 2.0, jnp.int32(2), jnp.float32(2)])
+def test_every_may_be_any_number(every):
+    tx = clipjax.sparsify(lambda step: 0.1 * step.astype(jnp.float32), every=every)
+    params = normal(SHAPES)
+    state, update = tx.init(params), jax.jit(tx.update)
+    made = []
+    for _ in range(5):
+        _, state = update(params, state, params)
+        made.append(float(state.total_sparsity))
+    assert made[0] == made[1] < made[2] == made[3] < made[4]
