@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
+from jax import Array
 from jax.core import Tracer
 
 
@@ -41,13 +42,25 @@ def at_least(low: int | float, **values: Any) -> None:
             raise ValueError(f"{name} must be at least {low}, but is {value!r}.")
 
 
+def rises(**values: Any) -> None:
+    """Raises unless the product of all values is above one."""
+    product = 1.0
+    for _, value in (known := list(_concrete(values))):
+        product *= value
+    if len(known) == len(values) and not product > 1:
+        raise ValueError(
+            f"{' times '.join(values)} must be above 1, or the threshold could only"
+            f" fall, but is {product!r}. Raise one of them."
+        )
+
+
 def whole(least: int, **values: Any) -> None:
     """Raises unless every value is a Python integer of at least `least`."""
     for name, value in values.items():
-        if isinstance(value, Tracer):
+        if isinstance(value, Tracer | Array):
             raise TypeError(
-                f"{name} sets the size of an array and must be a Python integer, but"
-                " is traced. Under `optax.inject_hyperparams`, name it in"
+                f"{name} is static and must be a Python integer, but is an array or"
+                " traced. Under `optax.inject_hyperparams`, name it in"
                 " `static_args`."
             )
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
@@ -108,6 +121,15 @@ def same_shape(transform: str, path: str, leaf: Any, param: Any) -> None:
             f"{transform} needs updates shaped like the parameters, but at {path!r} the"
             f" update has shape {jnp.shape(leaf)} and the parameter"
             f" {jnp.shape(param)}."
+        )
+
+
+def score_shape(path: str, score: Any, param: Any) -> None:
+    """Raises unless a score has the shape of its parameter."""
+    if jnp.shape(score) != jnp.shape(param):
+        raise ValueError(
+            f"score must return an array shaped like the parameter, but at {path!r} it"
+            f" returned shape {jnp.shape(score)} for {jnp.shape(param)}."
         )
 
 

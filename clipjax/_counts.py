@@ -89,8 +89,7 @@ def zeros_of(sparsity: Number, size: int) -> Count:
     A float32 0.999 is not 0.999, and of 10⁹ entries it keeps 999,987.  Read as the
     decimal that was meant, it keeps 1,000,000.
     """
-    parts = jnp.round(jnp.asarray(sparsity).astype(jnp.float32) * _DECIMALS)
-    parts = jnp.clip(parts, 0, _DECIMALS).astype(jnp.uint32)  # NaN becomes 0
+    parts = _decimals(jnp.asarray(sparsity).astype(jnp.float32))
     whole, rest = divmod(size, _DECIMALS)
     result, remainder = of(0), jnp.uint32(0)
     for shift in (21, 14, 7, 0):  # long division, seven bits at a time
@@ -100,6 +99,20 @@ def zeros_of(sparsity: Number, size: int) -> Count:
         step = of(digits * jnp.uint32(whole) + numerator // _DECIMALS)
         result = normal(result.high * 128 + step.high, result.low * 128 + step.low)
     return normal(result.high, result.low + (remainder > 0).astype(jnp.int32))
+
+
+def _decimals(share: Float[Array, ""]) -> UInt[Array, ""]:
+    """Returns share·10⁷, rounded exactly; a NaN is zero.
+
+    A float32 product would itself be rounded, to the wrong side for 1/3.
+    """
+    share = jnp.where(share > 0, jnp.minimum(share, 1), 0)
+    bits = (share * 2**28).astype(jnp.uint32)  # exact
+    result = jnp.uint32(0)
+    for shift in (0, 7, 14, 21):  # long multiplication, seven bits at a time
+        digits = bits >> shift if shift == 21 else (bits >> shift) & 127
+        result = (result >> 7) + digits * jnp.uint32(_DECIMALS)
+    return (result + 64) >> 7
 
 
 def passing(conditions: Sequence[Bool[Array, "..."]]) -> UInt[Array, " n"]:

@@ -46,6 +46,20 @@ def like(values: Array, x: Array) -> Array:
     return values
 
 
+def has_whole_columns(x: Array, multiple: int) -> bool:
+    """Tells whether each device holds a multiple of so many entries of the last axis.
+
+    Known where the mesh has explicit axes; else the compiler sees to it.
+    """
+    if not x.ndim or not _is_explicit(x):
+        return True
+    sharding = jax.typeof(x).sharding
+    names = sharding.spec[-1]
+    names = (names,) if isinstance(names, str) else tuple(names or ())
+    pieces = math.prod(sharding.mesh.shape[name] for name in names)
+    return pieces == 1 or x.shape[-1] // pieces % multiple == 0
+
+
 def zeros(function: Callable[..., Array], x: Array) -> Array:
     """Returns zeros of the type of `function(x)`, without computing that."""
     kind = jax.eval_shape(function, x)
@@ -53,6 +67,7 @@ def zeros(function: Callable[..., Array], x: Array) -> Array:
     if _is_explicit(x):
         result = jax.sharding.reshard(result, kind.sharding)
     for name in sorted(_varying(x)):
+        # Zero, but of a type that differs from device to device, as `function(x)` does.
         result += (jax.lax.axis_index(name) * 0).astype(kind.dtype)
     return result
 

@@ -75,8 +75,7 @@ def wide(leaf: Any) -> Any:
 def scale(leaf: Any, factor: Float[Array, "..."]) -> Any:
     """Multiplies in float32 or wider, then rounds once to the leaf's own dtype."""
     product = wide(leaf)
-    real = jnp.finfo(product.dtype).dtype
-    return (product * factor.astype(real)).astype(jnp.result_type(leaf))
+    return (product * factor.astype(product.dtype)).astype(jnp.result_type(leaf))
 
 
 def scale_all(tree: PyTree, factor: Float[Array, ""]) -> PyTree:
@@ -88,6 +87,12 @@ def value_at(number: Number | Schedule, step: Int[Array, ""]) -> Float[Array, ""
     """Returns a hyperparameter's value at this step, in float32."""
     value = number(step) if callable(number) else number
     return jnp.asarray(value).astype(jnp.float32)
+
+
+def bound_at(number: Number | Schedule, step: Int[Array, ""]) -> Float[Array, ""]:
+    """Returns a bound's value at this step, in float64 where it has one."""
+    value = jnp.asarray(number(step) if callable(number) else number)
+    return value if value.dtype == jnp.float64 else value.astype(jnp.float32)
 
 
 def next_step(step: Int[Array, ""]) -> Int[Array, ""]:

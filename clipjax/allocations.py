@@ -84,7 +84,8 @@ def erdos_renyi_kernel(
 
     1 - sᵢ = min(1, ε·Σ_d shape_d / Π_d shape_d), with ε such that Σᵢ kᵢ = N - ⌈s·N⌉
 
-    Exactly that many stay: the largest array that is not dense takes the rounding.
+    Exactly that many stay, unless the floors ask for more: rounding goes to the largest
+    array that has room.
 
     Args:
         shapes: of the arrays, such as (height, width, in, out) of a convolution.
@@ -138,11 +139,14 @@ def _exactly(
     wanted: Count, kept: list[Count], sizes: Sequence[int], floors: Sequence[int]
 ) -> Count:
     """Brings numbers into their bounds, and their sum to what is wanted."""
-    rest = wanted - counts.total(counts.stack(kept))
-    result = list(kept)
+    bounds = [
+        (counts.of(low), counts.of(high))
+        for low, high in zip(floors, sizes, strict=True)
+    ]
+    result = [counts.clip(k, *b) for k, b in zip(kept, bounds, strict=True)]
+    rest = wanted - counts.total(counts.stack(result))
     for i in sorted(range(len(kept)), key=lambda i: -sizes[i]):
-        moved = kept[i] - (counts.of(0) - rest)
-        bounds = counts.of(floors[i]), counts.of(sizes[i])
-        result[i] = counts.clip(moved, *bounds)
+        moved = result[i] - (counts.of(0) - rest)
+        result[i] = counts.clip(moved, *bounds[i])
         rest = moved - result[i]
     return counts.stack(result)

@@ -13,8 +13,8 @@ from jaxtyping import Array, Bool, Int, Num, UInt8
 from . import _counts as counts, _meshes as meshes, _trees as trees
 from ._types import AxisName
 
-_DENSE_NAMES = ("bias", "scale", "embedding")
-_BITS = 8
+_DENSE_NAMES = ("bias", "scale", "embedding", "embeddings")
+BITS = 8  # in a byte
 
 
 def weights(path: str, leaf: Array) -> bool:
@@ -34,7 +34,8 @@ def weights(path: str, leaf: Array) -> bool:
         False
     """
     name = path.rsplit("/", 1)[-1]
-    return trees.is_float(leaf) and jnp.ndim(leaf) >= 2 and name not in _DENSE_NAMES
+    is_dense = name.lower().endswith(_DENSE_NAMES)
+    return trees.is_float(leaf) and jnp.ndim(leaf) >= 2 and not is_dense
 
 
 def full(x: Num[Array, "..."]) -> Bool[Array, "..."]:
@@ -111,9 +112,10 @@ def unpack(bits: UInt8[Array, "*rest bytes"], length: int) -> Bool[Array, "*rest
         Array([ True,  True, False,  True], dtype=bool)
     """
     # Not `unpackbits`, whose loop XLA does not fuse into the one that reads the mask.
-    shifts = jnp.arange(_BITS, dtype=jnp.uint8).reshape((1,) * bits.ndim + (_BITS,))
+    shifts = jnp.arange(BITS, dtype=jnp.uint8).reshape((1,) * bits.ndim + (BITS,))
     spread = (bits[..., None] >> shifts) & jnp.uint8(1)
-    return spread.reshape(*bits.shape[:-1], -1)[..., :length].astype(bool)
+    flat = spread.reshape(*bits.shape[:-1], bits.shape[-1] * BITS)
+    return flat[..., :length].astype(bool)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,16 +6,19 @@ floating-point numbers do not count.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Inexact, PyTree
 
 from . import _meshes as meshes, _trees as trees
 from ._types import Axes, AxisName
+
+Norm = Callable[..., Float[Array, ""]]
+"""A norm of a whole tree: `global_norm`, `rms` or `inf_norm`."""
 
 _SAFE = (1e-15, 1e18)  # norms in which no float32 square over- or underflows
 
@@ -32,7 +35,8 @@ def global_norm(
 
     Args:
         tree: real or complex arrays of any shape; `None` and integers are ignored.
-        scaled: right from 1e-38 to 1e38 instead of from 1e-19 to 1e19, where a square
+        scaled: right from 1.2e-38, the least normal float32, to 1e38 instead of from
+            1e-19 to 1e19, where a square
             leaves the range of float32.  Costs two more passes, and only where the
             first came out of range.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
@@ -94,44 +98,47 @@ def inf_norm(tree: PyTree, *, axis_name: AxisName = None) -> Float[Array, ""]:
 
 
 def leaf_norms(
-    tree: PyTree, *, scaled: bool = False, axis_name: AxisName = None
+    tree: PyTree,
+    norm: Norm | None = None,
+    *,
+    scaled: bool = False,
+    axis_name: AxisName = None,
 ) -> PyTree:
-    """Returns the Euclidean norm of every leaf, as a tree of the same structure.
+    """Returns the norm of every leaf by itself, as a tree of the same structure.
 
     Args:
         tree: real or complex arrays of any shape; `None` and integers are ignored.
-        scaled: right up to 1e38 instead of 1e19, where a square leaves the range of
-            float32.  Costs two more passes, and only where a norm came out of range.
+        norm: `rms`, `inf_norm` or, if none is given, `global_norm`.
+        scaled: Euclidean norms right up to 1e38 instead of 1e19, where a square leaves
+            the range of float32.  Costs two more passes, and only where one did.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
         >>> leaf_norms({"w": jnp.array([3.0, 4.0]), "b": jnp.float32(-2)})
         {'b': Array(2., dtype=float32), 'w': Array(5., dtype=float32)}
+        >>> leaf_norms([jnp.array([1.0, 7.0])], rms)
+        [Array(5., dtype=float32)]
     """
+    if norm is not None:
+        return jax.tree.map(lambda x: norm(x, axis_name=axis_name), tree)
     plain = jax.tree.map(lambda x: global_norm(x, axis_name=axis_name), tree)
-    if not scaled or not jax.tree.leaves(plain):
+    if not scaled:
         return plain
-
-    def rescaled():
-        return jax.tree.map(
-            lambda x, norm: _rescaled(_leaves(x), axis_name).astype(norm.dtype),
-            tree,
-            plain,
-        )
-
-    in_range = jnp.stack([norm <= _SAFE[1] for norm in jax.tree.leaves(plain)])
-    return lax.cond(jnp.all(in_range), lambda: plain, rescaled)
+    return _if_too_large(
+        plain,
+        lambda: jax.tree.map(lambda x: _rescaled(_leaves(x), axis_name), tree),
+    )
 
 
 def unit_norm(
-    x: Float[Array, "..."], axis: Axes | None, *, axis_name: AxisName = None
+    x: Inexact[Array, "..."], axis: Axes | None, *, axis_name: AxisName = None
 ) -> Float[Array, "..."]:
     """Returns the Euclidean norm of every unit, the reduced axes kept with length 1.
 
     A unit is what feeds one output of a layer: a column of a Dense kernel.
 
     Args:
-        x: one leaf.
+        x: one leaf, real or complex.
         axis: the axes that a unit spans; `None` for all of them.  `scopes.unit_axes`
             names them for the layers of Flax.
         axis_name: inside `jax.shard_map`, the mesh axes over which units are split.
@@ -142,6 +149,77 @@ def unit_norm(
     """
     squares = jnp.sum(_square(trees.wide(x)), axis=axis, keepdims=True)
     return _root(_over(lax.psum, squares, x, axis_name))
+
+
+def unit_rms(
+    x: Inexact[Array, "..."], axis: Axes | None, *, axis_name: AxisName = None
+) -> Float[Array, "..."]:
+    """Returns the root mean square of every unit; arguments as for `unit_norm`.
+
+    Example:
+        >>> unit_rms(jnp.array([[1.0, 2.0], [7.0, 2.0]]), axis=0)
+        Array([[5., 2.]], dtype=float32)
+    """
+    squares = jnp.sum(_square(trees.wide(x)), axis=axis, keepdims=True)
+    entries = x.size // max(squares.size, 1) * meshes.blocks(x, axis_name)
+    return _root(_over(lax.psum, squares, x, axis_name) / float(max(entries, 1)))
+
+
+def unit_inf_norm(
+    x: Inexact[Array, "..."], axis: Axes | None, *, axis_name: AxisName = None
+) -> Float[Array, "..."]:
+    """Returns the largest magnitude in every unit; arguments as for `unit_norm`.
+
+    Example:
+        >>> unit_inf_norm(jnp.array([[3.0, 1.0], [-4.0, 0.0]]), axis=0)
+        Array([[4., 1.]], dtype=float32)
+    """
+    peaks = jnp.max(jnp.abs(trees.wide(x)), axis=axis, keepdims=True, initial=0)
+    return _over(lax.pmax, peaks, x, axis_name)
+
+
+def unit_norms(
+    leaves: Mapping[str, Array],
+    axes: Mapping[str, Axes | None],
+    *,
+    axis_name: AxisName = None,
+) -> dict[str, Float[Array, "..."]]:
+    """Returns the Euclidean norms of the units of many leaves, right up to 1e38.
+
+    Costs two more passes, and only where a square left the range of float32.
+
+    Args:
+        leaves: by path.
+        axes: the axes that a unit of each leaf spans.
+        axis_name: inside `jax.shard_map`, the mesh axes over which units are split.
+
+    Example:
+        >>> unit_norms({"w": jnp.array([[3e30], [4e30]])}, {"w": 0})
+        {'w': Array([[5.e+30]], dtype=float32)}
+    """
+
+    def rescaled(x, axis):
+        peak = unit_inf_norm(x, axis, axis_name=axis_name)
+        unit = _unit(peak)
+        shrunk = trees.wide(x) / unit.astype(trees.wide(x).dtype)
+        return unit * unit_norm(shrunk, axis, axis_name=axis_name)
+
+    plain = {p: unit_norm(x, axes[p], axis_name=axis_name) for p, x in leaves.items()}
+    return _if_too_large(
+        plain, lambda: {p: rescaled(x, axes[p]) for p, x in leaves.items()}
+    )
+
+
+def _if_too_large(plain: PyTree, rescaled: Callable[[], PyTree]) -> PyTree:
+    """Computes norms anew where a square may have left the range of float32."""
+    if not jax.tree.leaves(plain):
+        return plain
+    within = [jnp.all(norm <= _SAFE[1]) for norm in jax.tree.leaves(plain)]
+
+    def again():
+        return jax.tree.map(lambda old, new: new.astype(old.dtype), plain, rescaled())
+
+    return lax.cond(jnp.all(jnp.stack(within)), lambda: plain, again)
 
 
 def _leaves(tree: PyTree) -> list[Array]:
@@ -177,14 +255,19 @@ def _rescaled(leaves: list[Array], axis_name: AxisName) -> Float[Array, ""]:
     """Returns the norm of leaves whose squares may leave the range of float32."""
     if not leaves:
         return jnp.zeros([], jnp.float32)
-    peak = inf_norm(leaves, axis_name=axis_name)
+    unit = _unit(inf_norm(leaves, axis_name=axis_name))
+    shrunk = [x / unit.astype(x.dtype) for x in leaves]
+    norm = _root(_sum_of_squares(shrunk, axis_name))
+    return unit.astype(norm.dtype) * norm
+
+
+def _unit(peak: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns the power of two below a magnitude: to divide by it is exact."""
     usable = (peak > 0) & jnp.isfinite(peak)
     exponent = jnp.floor(jnp.log2(jnp.where(usable, peak, jnp.ones_like(peak))))
     # Clamped, so that neither the unit nor its inverse is subnormal.
-    unit = jnp.exp2(jnp.clip(exponent, -100, 100))
-    shrunk = [x / unit.astype(jnp.finfo(x.dtype).dtype) for x in leaves]
-    norm = _root(_sum_of_squares(shrunk, axis_name))
-    return unit.astype(norm.dtype) * norm
+    limit = jnp.finfo(peak.dtype).maxexp - 28
+    return jnp.exp2(jnp.clip(exponent, -limit, limit))
 
 
 def _widest(values: Iterable[Array]) -> Any:

@@ -81,7 +81,7 @@ def largest(
 
 def select(
     scores: Sequence[Float[Array, "..."]],
-    kept: Count,
+    kept: Int[Array, " groups"] | Count,
     groups: Sequence[int],
     *,
     floors: Sequence[int] = (),
@@ -95,7 +95,13 @@ def select(
         groups: the group of each array of scores, counted from zero.
         floors: how many of each array to mark before the groups are compared.
         axis_name: inside `jax.shard_map`, the mesh axes over which arrays are split.
+
+    Example:
+        >>> scores = [jnp.array([3.0, 1.0]), jnp.array([2.0, -4.0])]
+        >>> select(scores, jnp.array([2]), groups=[0, 0])
+        [Array([ True, False], dtype=bool), Array([ True, False], dtype=bool)]
     """
+    kept = counts.of(kept)
     ranked = ranking.ranked(scores, groups, ranking.key_of, axis_name)
     if any(floors):
         own = ranking.ranked(scores, range(len(scores)), ranking.key_of, axis_name)

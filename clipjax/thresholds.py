@@ -25,7 +25,8 @@ class WindowedQuantile:
     Args:
         quantile: q in [0, 1].
         factor: how far above the quantile the threshold stands, > 0.
-        growth: how many thresholds a norm may be remembered at, > 1.
+        growth: how many thresholds a norm may be remembered at, ≥ 1; the threshold
+            can rise only if factor·growth > 1.
         window: w, how many norms are remembered; static.
     """
 
@@ -37,7 +38,9 @@ class WindowedQuantile:
     def __post_init__(self):
         """Checks the arguments."""
         check.between(0, 1, quantile=self.quantile)
-        check.positive(factor=self.factor, growth=self.growth)
+        check.positive(factor=self.factor)
+        check.at_least(1, growth=self.growth)
+        check.rises(factor=self.factor, growth=self.growth)
         check.whole(2, window=self.window)
 
     def empty(self) -> Float[Array, " window"]:

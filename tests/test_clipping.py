@@ -57,7 +57,7 @@ def wide(tree):
 
 @functools.cache
 def make(name, bound):
-    return make(name, bound)
+    return getattr(clipjax, name)(bound)
 
 
 compiled = functools.cache(jax.jit)

@@ -40,7 +40,6 @@ VARIANTS = {  # the same with another ingredient: for what an ingredient can spo
     ),
 }
 READS_PARAMS = {"adaptive_grad_clip", "sparsify"}
-NO_SCHEDULES = {"adaptive_clip"}
 STATIC = {  # what `optax.inject_hyperparams` must not turn into arrays
     "adaptive_clip": ("window",),
     "sparsify": ("score", "allocation", "where"),
@@ -388,8 +387,6 @@ def test_a_population_of_values_runs_under_vmap(name):
 
 @each
 def test_a_value_may_follow_a_schedule(name):
-    if name in NO_SCHEDULES:
-        pytest.skip("takes numbers only")
     params, updates = map(dense, networks(2))
     value = TRANSFORMS[name][1][first_argument(name)]
 

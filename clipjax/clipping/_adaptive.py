@@ -40,8 +40,9 @@ def adaptive_clip(
     The threshold stands a little above the norms that are usual, so ordinary steps pass
     bit for bit.  A spike comes out at the threshold and is remembered at no more than
     g thresholds: it can neither lift the threshold nor hide the next one.  A lasting
-    rise passes as soon as it fills a tenth of the window, a rise of 10x after some 15
-    steps.
+    rise passes as soon as it fills a tenth of the window: one of 10x after some 15
+    steps, and 15 more for each further factor of ten.  Norms that never stop rising, by
+    2 % a step, pass at nine tenths of their size.
 
     The first step has no past.  Its threshold is T₀ = s·max(‖θ‖₂, 10⁻³), a small share
     of the parameters' own norm, and while the history is short the threshold can grow
@@ -54,7 +55,7 @@ def adaptive_clip(
         quantile: q in [0, 1], which of the recent norms is the measure.  This and the
             next three are numbers, traced values or schedules.
         factor: f > 0, how far above it the threshold stands.
-        growth: g > 0, how many thresholds a norm is remembered at, at most.
+        growth: g ≥ 1, how many thresholds a norm is remembered at, at most; f·g > 1.
         start: s > 0, the first threshold relative to the parameters.
         window: w ≥ 2, how many norms are remembered; a static integer.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
@@ -76,7 +77,9 @@ def adaptive_clip(
         first threshold are ours.
     """
     check.between(0, 1, quantile=quantile)
-    check.positive(factor=factor, growth=growth, start=start)
+    check.positive(factor=factor, start=start)
+    check.at_least(1, growth=growth)
+    check.rises(factor=factor, growth=growth)
     check.whole(2, window=window)
 
     def init(params):

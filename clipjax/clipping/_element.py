@@ -48,7 +48,7 @@ def clip(max_delta: Number | Schedule) -> optax.GradientTransformationExtraArgs:
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
-        bound = trees.value_at(max_delta, state.step)
+        bound = trees.bound_at(max_delta, state.step)
         clipped = jax.tree.map(lambda u: _clamp(u, bound), updates)
         return clipped, ElementClipState(trees.next_step(state.step))
 
@@ -58,10 +58,12 @@ def clip(max_delta: Number | Schedule) -> optax.GradientTransformationExtraArgs:
 def _clamp(u, bound):
     if not trees.is_float(u):
         return u
+    bound = jnp.maximum(jnp.nan_to_num(bound, nan=jnp.inf, posinf=jnp.inf), 0)
     if jnp.iscomplexobj(u):
         size = jnp.abs(u)
         bound = bound.astype(size.dtype)
-        return jnp.where(size > bound, u * (bound / jnp.maximum(size, bound)), u)
+        shrunk = u * (bound / jnp.where(size > bound, size, 1)).astype(u.dtype)
+        return jnp.where(size > bound, shrunk, u)
     rounded = bound.astype(u.dtype)
     if jnp.finfo(u.dtype).bits >= jnp.finfo(bound.dtype).bits:
         return jnp.clip(u, -rounded, rounded)

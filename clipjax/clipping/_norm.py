@@ -45,7 +45,7 @@ def clip_by_global_norm(
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
-        bound = trees.value_at(max_norm, state.step)
+        bound = trees.bound_at(max_norm, state.step)
         norm = norms.global_norm(updates, scaled=True, axis_name=axis_name)
         factor = shrink(norm, bound)
         new_state = states.after(
@@ -93,7 +93,7 @@ def clip_by_block_rms(
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
-        bound = trees.value_at(threshold, state.step)
+        bound = trees.bound_at(threshold, state.step)
         leaves = trees.floats(updates)
         sizes = norms.leaf_norms(leaves, scaled=True, axis_name=axis_name)
         rms = {p: _rms(sizes[p], x, axis_name) for p, x in leaves.items()}

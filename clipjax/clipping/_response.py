@@ -14,10 +14,12 @@ def shrink(
     """
     most = jnp.finfo(norm.dtype).max
     bound = jnp.nan_to_num(bound.astype(norm.dtype), nan=most, posinf=most)
-    known = jnp.where(jnp.isfinite(norm), norm, jnp.zeros_like(norm))
-    larger = jnp.maximum(bound, known)
+    bound = jnp.maximum(bound, 0)  # a schedule may have gone below
+    known = jnp.isfinite(norm)
+    larger = jnp.maximum(bound, jnp.where(known, norm, 0))
     # Zero only where both are; what is scaled is then zero too.
-    return bound / jnp.where(larger > 0, larger, jnp.ones_like(larger))
+    larger = jnp.where(larger > 0, larger, 1)
+    return jnp.where(known, bound, larger) / larger
 
 
 def exceeds(norm: Float[Array, "..."], bound: Float[Array, "..."]) -> Bool[Array, ""]:

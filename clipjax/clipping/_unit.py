@@ -64,29 +64,33 @@ def adaptive_grad_clip(
     def update(updates, state, params=None, **extra_args):
         del extra_args
         check.given_params("adaptive_grad_clip", params)
-        ratio = trees.value_at(clipping, state.step)
-        weights = trees.floats(params)
-        before, after, factors, above = {}, {}, {}, jnp.zeros([], bool)
-        for path, leaf in trees.floats(updates).items():
+        ratio = trees.bound_at(clipping, state.step)
+        leaves, weights = trees.floats(updates), trees.floats(params)
+        for path, leaf in leaves.items():
             check.same_shape("adaptive_grad_clip", path, leaf, weights.get(path))
-            axes = _axes(axis, path, weights)
-            size = norms.unit_norm(leaf, axes, axis_name=axis_name)
-            param_norm = norms.unit_norm(weights[path], axes, axis_name=axis_name)
-            least = jnp.asarray(eps, param_norm.dtype)
-            bound = ratio.astype(param_norm.dtype) * jnp.maximum(param_norm, least)
-            factors[path] = shrink(size, bound)
-            before[path], after[path] = size, size * factors[path]
-            above |= exceeds(size, bound)
+        axes = {path: _axes(axis, path, weights) for path in leaves}
+        own = {path: weights[path] for path in leaves}
+        before = norms.unit_norms(leaves, axes, axis_name=axis_name)
+        relative = norms.unit_norms(own, axes, axis_name=axis_name)
+        bounds = {path: _bound(ratio, size, eps) for path, size in relative.items()}
+        factors = {path: shrink(before[path], bounds[path]) for path in leaves}
+        after = {path: before[path] * factors[path] for path in leaves}
+        above = [exceeds(before[path], bounds[path]) for path in leaves]
         new_state = states.after(
             state,
-            norm=norms.global_norm(before),
-            clipped_norm=norms.global_norm(after),
+            norm=norms.global_norm(before, scaled=True),
+            clipped_norm=norms.global_norm(after, scaled=True),
             threshold=ratio,
-            clipped=above,
+            clipped=jnp.any(jnp.stack(above)) if above else jnp.zeros([], bool),
         )
         return trees.map_by_path(trees.scale, updates, factors), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _bound(ratio: Array, param_norm: Array, eps: Number) -> Array:
+    least = jnp.asarray(eps, param_norm.dtype)
+    return ratio.astype(param_norm.dtype) * jnp.maximum(param_norm, least)
 
 
 def _axes(axis: AxisRule, path: str, leaves: dict[str, Array]) -> Axes:

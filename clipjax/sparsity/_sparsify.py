@@ -18,7 +18,7 @@ from .. import (
 )
 from .._types import AxisName, Number, Schedule, Where
 
-_NEVER = 2**30  # the age of a mask that has not been made yet
+_NEVER = 2**31 - 1  # the age of a mask that has not been made yet
 
 
 class SparsifyState(NamedTuple):
@@ -26,7 +26,7 @@ class SparsifyState(NamedTuple):
 
     step: Int[Array, ""]  # updates seen
     mask_age: Int[Array, ""]  # updates since the masks were made
-    mask_bits: dict[str, UInt8[Array, "..."]]  # empty if `storage` is `masks.Zeros()`
+    mask_bits: dict[str, Array]  # empty if `storage` is `masks.Zeros()`
     leaf_sparsity: dict[str, Float[Array, ""]]  # share of zeros in each leaf's mask
     total_sparsity: Float[Array, ""]  # and in all of them
 
@@ -55,9 +55,14 @@ def sparsify(
     the sparsity falls.  A NaN parameter ranks lowest but cannot be repaired, since
     NaN + (-NaN) is NaN.
 
+    Under `jax.vmap` a mask is searched for in every step, since both branches of a
+    condition run; use `jax.lax.map` for a population with a large `every`.
+
     Memory beside the parameters: with `storage=masks.Bits()` one bit a parameter, with
     `masks.Zeros()` none.  The two differ only for entries that are kept and exactly
-    zero: without a stored mask these stay at zero until the next mask is made.
+    zero: without a stored mask these stay at zero until the next is made.  On a mesh
+    with explicit axes, a leaf whose last axis is split into pieces that are no multiple
+    of eight stores a byte an entry; with automatic axes, its bits are gathered.
 
     An update narrower than its parameter leaves in the parameter's dtype, since a
     rounded -θ would not cancel θ.  `optax.apply_if_finite` refuses such a change of
@@ -65,7 +70,8 @@ def sparsify(
 
     Args:
         sparsity: s in [0, 1], the share of zeros in all selected leaves together; a
-            number, a traced value or a schedule.  At least that share is zero.
+            number, a traced value or a schedule.  At least that share is zero, unless
+            the floors of the allocation ask for more entries.
         score: a function of a parameter and its update, the highest to keep.
         pattern: in what shape zeros come, from `patterns`.
         allocation: how the leaves share the sparsity, from `allocations`.
@@ -113,15 +119,18 @@ def sparsify(
         del extra_args
         check.given_params("sparsify", params)
         leaves, moves = chosen(params), trees.floats(updates)
-        due = state.mask_age >= trees.value_at(every, state.step).astype(jnp.int32)
+        due = _is_due(state, every)
 
         def search():
             share = jnp.clip(trees.value_at(sparsity, state.step), 0, 1)
-            scored = [score(x, moves.get(p)) for p, x in leaves.items()]
+            moved = {p: x for p, x in leaves.items() if p in moves}
+            scored = [_scored(score, p, x, moves[p]) for p, x in moved.items()]
             kept = pattern.masks(
                 scored, share, allocation=allocation, axis_name=axis_name
             )
-            return _measured(dict(zip(leaves, kept, strict=True)), axis_name)
+            new = _measured(dict(zip(moved, kept, strict=True)), axis_name)
+            old = hold()
+            return old[0] | new[0], old[1] | new[1], new[2]
 
         def hold():
             bits = state.mask_bits
@@ -129,10 +138,12 @@ def sparsify(
                 bits = {p: meshes.zeros(_full_bits, x) for p, x in leaves.items()}
             return bits, state.leaf_sparsity, state.total_sparsity
 
-        bits, shares, total = jax.lax.cond(due, search, hold) if leaves else hold()
+        bits, shares, total = (
+            jax.lax.cond(due, search, hold) if leaves.keys() & moves.keys() else hold()
+        )
 
         def emit(update, param, bits, share):
-            mask = masks.unpack(bits, _columns(param)).reshape(param.shape)
+            mask = _unpack(bits, param)
             if not stores:
                 mask = jnp.where(due, mask, masks.nonzero(param) | (share == 0))
             return _projected(update, param, mask)
@@ -151,19 +162,37 @@ def sparsify(
 
 def _projected(update: Any, param: Array, mask: Bool[Array, "..."]) -> Array:
     """Returns the update that takes what is not kept to zero."""
-    dtype = jnp.promote_types(jnp.result_type(update), jnp.result_type(param))
+    with jax.numpy_dtype_promotion("standard"):  # this cast is meant
+        dtype = jnp.promote_types(jnp.result_type(update), jnp.result_type(param))
     return jnp.where(mask, jnp.asarray(update, dtype), -param.astype(dtype))
 
 
-def _columns(x: Array) -> int:
-    return x.shape[-1] if x.ndim else 1
+def _is_due(state: SparsifyState, every: Number | Schedule) -> Bool[Array, ""]:
+    steps = jnp.minimum(trees.value_at(every, state.step), 2.0**30)  # fits an int32
+    return (state.mask_age == _NEVER) | (state.mask_age >= steps.astype(jnp.int32))
 
 
-def _pack(mask: Bool[Array, "..."]) -> UInt8[Array, "..."]:
+def _scored(score: scores.Score, path: str, param: Array, update: Array) -> Array:
+    result = score(param, update)
+    check.score_shape(path, result, param)
+    return result
+
+
+def _pack(mask: Bool[Array, "..."]) -> Bool[Array, "..."] | UInt8[Array, "..."]:
+    """Packs a mask, unless a byte would lie on two devices."""
+    if not meshes.has_whole_columns(mask, masks.BITS):
+        return mask
     return masks.pack(mask if mask.ndim else mask[None])
 
 
-def _full_bits(x: Array) -> UInt8[Array, "..."]:
+def _unpack(bits: Array, param: Array) -> Bool[Array, "..."]:
+    if bits.dtype == bool:
+        return bits
+    columns = param.shape[-1] if param.ndim else 1
+    return masks.unpack(bits, columns).reshape(param.shape)
+
+
+def _full_bits(x: Array) -> Array:
     return _pack(masks.full(x))
 
 
