@@ -28,6 +28,9 @@ def unit_axes(path: str, leaf: Array, bias: Array | None = None) -> tuple[int, .
     | attention: query, key, value               | (in, heads, size) | 0             |
     | attention: out                             | (heads, size, out) | 0, 1         |
 
+    Layers stacked along an axis of their own, as by `nn.scan`, are not told apart: name
+    the axes for those.
+
     Where there is a bias, the axes of the kernel that it does not have are the unit's.
     Without one, `query`, `key`, `value` and `qkv` in the path mean (0,), and else every
     axis but the last is taken.
