@@ -49,10 +49,9 @@ def select(scores, kept, groups, floors=()):
     return selection.select(scores, kept, groups, floors=floors)
 
 
-@functools.cache
-def draws(dtype="float32"):
+def draws(shape=(N,), dtype="float32"):
     """Arrays that are hard to rank, by name."""
-    shape, x = (N,), normal((N,))
+    x = normal(shape, dtype="float32")
     rng = np.random.default_rng(0)
     tiny = np.float32(1e-42) * rng.integers(-3, 4, shape)
     arrays = {
