@@ -6,7 +6,7 @@ devices can add theirs without a carry.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +29,10 @@ class Count(NamedTuple):
     def __sub__(self, other: "Count") -> "Count":  # pyright: ignore[reportIncompatibleMethodOverride] -- of tuple
         """Returns the difference, which may be negative."""
         return normal(self.high - other.high, self.low - other.low)
+
+    def at(self, index: Any) -> "Count":
+        """Picks from counts in an array."""
+        return Count(self.high[index], self.low[index])
 
     def at_least(self, other: "Count") -> Array:
         """Compares."""

@@ -31,6 +31,7 @@ class Ranked(NamedTuple):
     axis_name: AxisName
     dtype: Any
     entries: tuple[int, ...]  # of each array, over all devices
+    is_split: bool  # an array may lie on several devices
 
     def sizes(self) -> Count:
         """Returns the entries of every group."""
@@ -56,7 +57,8 @@ def ranked(
             " Split it along its first axis."
         )
     keys = [functools.partial(_anew, key, x, dtype) for x in scores]
-    return Ranked(keys, tuple(groups), axis_name, dtype, entries)
+    is_split = bool(axis_name) or any(meshes.is_partitioned(x) for x in scores)
+    return Ranked(keys, tuple(groups), axis_name, dtype, entries, is_split)
 
 
 def _anew(
@@ -121,6 +123,65 @@ def _per_group(every: Count, index: list[int], groups: int) -> Count:
     own = [[i for i, g in enumerate(index) if g == group] for group in range(groups)]
     pick = [Count(*(word[np.asarray(i, int)] for word in every)) for i in own]
     return counts.stack([counts.total(count) for count in pick])
+
+
+def samples(ranked: Ranked, strides: Sequence[int]) -> list[Int[Array, " n"]]:
+    """Returns of every group about every so manieth key, without reading the others."""
+    parts: list[list[Array]] = [[jnp.zeros(1, ranked.dtype)] for _ in strides]
+    for make, group in zip(ranked.keys, ranked.groups, strict=True):
+        key, stride = make(jnp.zeros([])), strides[group]
+        steps = []
+        for length in key.shape:  # whole rows, as far as possible
+            steps.append(slice(None, None, max(min(stride, length), 1)))
+            stride //= max(min(stride, length), 1)
+        parts[group].append(key[tuple(steps)].reshape(-1))
+    return [jnp.concatenate(own) for own in parts]
+
+
+def first_places(
+    ranked: Ranked, keys: Int[Array, " arrays"]
+) -> tuple[Int[Array, " arrays"], Count]:
+    """Returns where each array first holds a key, and how often it does."""
+    first, often = [], []
+    for i, (make, size) in enumerate(zip(ranked.keys, ranked.entries, strict=True)):
+        key = make(keys)
+        place = places(key, ranked.axis_name)
+        least, number = _first_and_count(key == keys[i], place, size)
+        axes = meshes.axes_of(key, ranked.axis_name)
+        number = counts.of(number)
+        if axes:
+            least = lax.pmin(least, axes)
+            number = counts.normal(*lax.psum(tuple(number), axes))
+        first.append(least)
+        often.append(number)
+    return jnp.stack(first), counts.stack(often)
+
+
+def _first_and_count(
+    here: Bool[Array, "..."], place: Int[Array, "..."], size: int
+) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    """Returns the least place that is marked, and how many are."""
+    place = jnp.where(here, place, size)
+    if meshes.is_partitioned(place):
+        return jnp.min(place, initial=size), jnp.sum(here, dtype=jnp.int32)
+
+    def merge(left, right):
+        return lax.min(left[0], right[0]), left[1] + right[1]
+
+    start = (np.int32(size), np.int32(0))
+    operands = (place, here.astype(jnp.int32))
+    return lax.reduce(operands, start, merge, tuple(range(here.ndim)))
+
+
+def places(x: Array, axis_name: AxisName) -> Int[Array, "..."]:
+    """Numbers the entries in the order of their indices, device after device."""
+    place = jnp.zeros(x.shape, jnp.int32)
+    for axis, length in enumerate(x.shape):
+        place = place * length + lax.broadcasted_iota(jnp.int32, x.shape, axis)
+    device = jnp.int32(0)
+    for name in meshes.axes_of(x, axis_name):
+        device = device * lax.axis_size(name) + lax.axis_index(name)
+    return meshes.like(place, x) + device * jnp.int32(x.size)
 
 
 def ends(

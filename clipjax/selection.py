@@ -17,7 +17,6 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from . import (
     _counts as counts,
-    _meshes as meshes,
     _ranking as ranking,
     _search as search,
 )
@@ -53,7 +52,9 @@ def kth_largest(
             f"k must lie between 1 and the number of entries, {size}, but is {k}."
         )
     kept = counts.clip(counts.of(k), counts.of(1), counts.of(size))
-    return ranking.value_of(search.search(ranked, counts.stack([kept]))[0])
+    kept = counts.stack([kept])
+    bracket = search.search(ranked, kept)
+    return ranking.value_of(search.answer(ranked, kept, bracket)[0])
 
 
 def largest(
@@ -104,19 +105,18 @@ def select(
     kept = counts.of(kept)
     ranked = ranking.ranked(scores, groups, ranking.key_of, axis_name)
     if any(floors):
-        own = ranking.ranked(scores, range(len(scores)), ranking.key_of, axis_name)
+        own = ranked._replace(groups=tuple(range(len(scores))))
         first = _marks(own, counts.stack([counts.of(floor) for floor in floors]))
-        ranked = ranked._replace(
-            keys=[
-                functools.partial(ranking.ahead, make, mask)
-                for make, mask in zip(ranked.keys, first, strict=True)
-            ]
-        )
+        keys = [
+            functools.partial(ranking.ahead, make, mask)
+            for make, mask in zip(ranked.keys, first, strict=True)
+        ]
         needed = [0] * (max(groups) + 1)
         for floor, group in zip(floors, groups, strict=True):
             needed[group] += floor
         least = counts.stack([counts.of(number) for number in needed])
         kept = counts.where(kept.at_least(least), kept, least)
+        ranked = ranked._replace(keys=keys)
     return _marks(ranked, kept)
 
 
@@ -125,89 +125,62 @@ def _marks(ranked: Ranked, kept: Count) -> list[Bool[Array, "..."]]:
     if not ranked.keys:
         return []
     kept = counts.clip(kept, counts.of(0), ranked.sizes())
-    answer = search.search(ranked, kept)[np.asarray(ranked.groups)]
-    taken, ties = _ties(ranked, kept, answer)
-    all_ties = taken.equals(ties)
-    some_ties = ~all_ties & ~taken.equals(counts.of(0))
-
-    def whole():
-        keys = [make(answer) for make in ranked.keys]
-        return [
-            (key > least) | ((key == least) & every)
-            for key, least, every in zip(keys, answer, all_ties, strict=True)
-        ]
-
-    def partly():
-        size = jnp.asarray(ranked.entries, jnp.int32)
-        ends = _tie_ends(ranked, answer, taken, ties, some_ties)
-        ends = jnp.where(some_ties, ends, jnp.where(all_ties, size, 0))
-        marks = []
-        for make, least, end in zip(ranked.keys, answer, ends, strict=True):
-            key = make(least)
-            tie = (key == least) & (_places(key, ranked.axis_name) < end)
-            marks.append((key > least) | tie)
-        return marks
-
-    return lax.cond(jnp.any(some_ties), partly, whole)
-
-
-def _ties(
-    ranked: Ranked, kept: Count, answer: Int[Array, " arrays"]
-) -> tuple[Count, Count]:
-    """Returns for each array how many keys equal to the answer count, and are there."""
-    each = ranked._replace(groups=tuple(range(len(ranked.keys))))
-    end = jnp.iinfo(ranked.dtype).max
-    thresholds = jnp.stack([jnp.minimum(answer, end - 1) + 1, answer], axis=1)
-    reach = ranking.count(each, thresholds)
-    above, level = (Count(*(word[:, i] for word in reach)) for i in (0, 1))
-    return _share_out(ranked.groups, kept, above, level - above), level - above
+    bracket = search.search(ranked, kept)
+    lowest, highest = search.exact(kept, bracket)
+    group = np.asarray(ranked.groups)
+    _, most = ranking.ends(ranked, bracket.low, bracket.high)
+    tie = lax.optimization_barrier(jnp.where(highest, most, bracket.low)[group])
+    first, ties = ranking.first_places(ranked, tie)
+    none = counts.of(jnp.zeros_like(first))
+    taken = _share_out(ranked.groups, kept - bracket.reach_high, ties)
+    taken = counts.where(lowest[group], none, taken)
+    ends = jnp.where(taken.equals(counts.of(1)), first + 1, 0)
+    ends = lax.cond(
+        jnp.any(~counts.of(1).at_least(taken)),
+        lambda: _tie_ends(ranked, tie, taken, ties),
+        lambda: ends,
+    )
+    least = jnp.where(lowest, bracket.low, bracket.high)[group]
+    # Held back, or XLA would compute all of the above once an entry.
+    least, ends = lax.optimization_barrier((least, ends))
+    marks = []
+    for i, make in enumerate(ranked.keys):
+        key = make(least)
+        tied = (key == tie[i]) & (ranking.places(key, ranked.axis_name) < ends[i])
+        marks.append((key >= least[i]) | tied)
+    return marks
 
 
 def _tie_ends(
     ranked: Ranked,
-    answer: Int[Array, " arrays"],
+    tie: Int[Array, " arrays"],
     taken: Count,
     ties: Count,
-    some: Bool[Array, " arrays"],
 ) -> Int[Array, " arrays"]:
-    """Returns for each array before which place a key equal to the answer counts.
+    """Returns before which place a tie counts, by one more search, for the place.
 
-    One more search, for the place: the first of the ties ranks highest.
+    The first of the ties ranks highest.
     """
     size = jnp.asarray(ranked.entries, jnp.int32)
 
     def rank(make, i, after):
         key = make(after)
-        place = _places(key, ranked.axis_name)
-        return jnp.where(key == answer[i], size[i] - 1 - place, -1)
+        place = ranking.places(key, ranked.axis_name)
+        return jnp.where(key == tie[i], size[i] - 1 - place, -1)
 
     keys = [functools.partial(rank, make, i) for i, make in enumerate(ranked.keys)]
-    places = ranked._replace(keys=keys, groups=tuple(range(len(keys))), dtype=jnp.int32)
-    bracket = search.between(size, ties, some)
-    return size - search.close_in(places, taken, bracket)
+    each = tuple(range(len(keys)))
+    places = ranked._replace(keys=keys, groups=each, dtype=jnp.int32)
+    some = ~taken.equals(counts.of(0))
+    bracket = search.close_in(places, taken, search.between(size, ties, some))
+    return jnp.where(some, size - search.answer(places, taken, bracket), 0)
 
 
-def _share_out(
-    groups: tuple[int, ...], kept: Count, above: Count, ties: Count
-) -> Count:
+def _share_out(groups: tuple[int, ...], wanted: Count, ties: Count) -> Count:
     """Returns how many ties each array may mark: the first arrays take all they can."""
     taken: list[Count] = []
-    left = [Count(*(word[group] for word in kept)) for group in range(max(groups) + 1)]
+    left = [wanted.at(group) for group in range(max(groups) + 1)]
     for i, group in enumerate(groups):
-        left[group] = left[group] - Count(*(word[i] for word in above))
-    for i, group in enumerate(groups):
-        own = Count(*(word[i] for word in ties))
-        taken.append(counts.clip(left[group], counts.of(0), own))
+        taken.append(counts.clip(left[group], counts.of(0), ties.at(i)))
         left[group] = left[group] - taken[-1]
     return counts.stack(taken)
-
-
-def _places(x: Array, axis_name: AxisName) -> Int[Array, "..."]:
-    """Numbers the entries in the order of their indices, device after device."""
-    place = jnp.zeros(x.shape, jnp.int32)
-    for axis, length in enumerate(x.shape):
-        place = place * length + lax.broadcasted_iota(jnp.int32, x.shape, axis)
-    device = jnp.int32(0)
-    for name in meshes.axes_of(x, axis_name):
-        device = device * lax.axis_size(name) + lax.axis_index(name)
-    return meshes.like(place, x) + device * jnp.int32(x.size)

@@ -1,7 +1,14 @@
-"""Settings for every test: eight devices, no silent promotion.
+"""Settings for every test: eight devices, quick compilation, no silent promotion.
 
-They stand here, at import, because JAX reads the number of devices when it starts.
+They stand here, at import, because JAX reads some of them when it starts.
 """
+
+import os
+
+# A test compiles for longer than it computes: no time is spent on quick programs.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+)
 
 import jax
 

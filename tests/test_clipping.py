@@ -63,6 +63,17 @@ def make(name, bound):
 compiled = functools.cache(jax.jit)
 
 
+@functools.cache
+def with_bound(name, library=clipjax):
+    """The first step as a function of the bound too."""
+
+    def update(bound, updates, params):
+        tx = getattr(library, name)(bound)
+        return tx.update(updates, tx.init(params), params)
+
+    return update
+
+
 def once(tx, updates, params=None):
     """The first step, compiled."""
     params = updates if params is None else params
@@ -74,16 +85,19 @@ def once(tx, updates, params=None):
 
 @each_clip
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("bound", [0.03, 0.5])
-def test_a_clip_is_its_formula(name, bound, dtype):
+def test_a_clip_is_its_formula(name, dtype):
     with x64(dtype == "float64"):
         params, updates = (normal(SHAPES, seed=i, dtype=dtype) for i in (0, 1))
-        actual, _ = once(make(name, bound), updates, params)
-        expected = CLIPS[name](wide(updates), wide(params), np.float32(bound))
+        update = compiled(with_bound(name))
         atol = 2**-24 if dtype == "float16" else 0  # its least positive number
-        for one, other in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
-            one = np.float64(one)
-            np.testing.assert_allclose(one, other, rtol=ROUNDING[dtype], atol=atol)
+        for bound in (0.03, 0.5, 1e3):
+            actual, _ = update(jnp.float32(bound), updates, params)
+            expected = CLIPS[name](wide(updates), wide(params), np.float32(bound))
+            for one, other in zip(
+                *map(jax.tree.leaves, (actual, expected)), strict=True
+            ):
+                one = np.float64(one)
+                np.testing.assert_allclose(one, other, rtol=ROUNDING[dtype], atol=atol)
 
 
 @each_clip
@@ -92,7 +106,8 @@ def test_within_the_bound_every_bit_passes(name, dtype):
     with x64(dtype == "float64"):
         params, updates = (normal(SHAPES, seed=i, dtype=dtype) for i in (0, 1))
         for bound in (1e3, jnp.inf):
-            actual, state = once(make(name, bound), updates, params)
+            update = compiled(with_bound(name))
+            actual, state = update(jnp.float32(bound), updates, params)
             assert_same(actual, updates, rtol=0)
             if name != "clip":
                 assert state.clipped_steps == 0
@@ -116,12 +131,12 @@ def test_a_norm_just_at_the_bound_passes(name):
 
 
 @each_clip
-@pytest.mark.parametrize("bound", [0.01, 0.3, 1.0, 100.0])
-def test_in_float32_they_are_those_of_optax(name, bound):
+def test_in_float32_they_are_those_of_optax(name):
     params, updates = (normal(SHAPES, seed=i) for i in (0, 1))
-    expected, _ = once(getattr(optax, name)(bound), updates, params)
-    actual, _ = once(make(name, bound), updates, params)
-    assert_same(actual, expected)
+    ours, theirs = (compiled(with_bound(name, library)) for library in (clipjax, optax))
+    for bound in (0.01, 0.3, 1.0, 100.0):
+        bound = jnp.float32(bound)
+        assert_same(ours(bound, updates, params)[0], theirs(bound, updates, params)[0])
 
 
 @pytest.mark.parametrize("axis", [None, 0, 1, (0, 1), -1])
@@ -328,6 +343,7 @@ def test_what_a_bad_entry_does(bad):
     kernel = updates["dense"]["kernel"].at[2, 1].set(bad)
     updates["dense"]["kernel"] = kernel
     same = functools.partial(assert_same, rtol=0, equal_nan=True)
+    close = functools.partial(assert_same, equal_nan=True)  # another program
 
     bounded, _ = once(make("clip", 0.1), updates)
     value = bounded["dense"]["kernel"][2, 1]
@@ -340,16 +356,16 @@ def test_what_a_bad_entry_does(bad):
     leaves, state = once(make("clip_by_block_rms", 0.1), updates)
     same(leaves["dense"]["kernel"], kernel)
     clean = once(make("clip_by_block_rms", 0.1), normal(SHAPES, seed=1))[0]
-    same(leaves["dense"]["bias"], clean["dense"]["bias"])
-    same(leaves["conv"], clean["conv"])
+    close(leaves["dense"]["bias"], clean["dense"]["bias"])
+    close(leaves["conv"], clean["conv"])
     assert state.nonfinite_steps == 1
 
     units, state = once(make("adaptive_grad_clip", 0.1), updates, params)
     clean = once(make("adaptive_grad_clip", 0.1), normal(SHAPES, seed=1), params)[0]
     same(units["dense"]["kernel"][:, 1], kernel[:, 1])
     others = jnp.array([0, 2, 3])
-    same(units["dense"]["kernel"][:, others], clean["dense"]["kernel"][:, others])
-    same(units["conv"], clean["conv"])
+    close(units["dense"]["kernel"][:, others], clean["dense"]["kernel"][:, others])
+    close(units["conv"], clean["conv"])
     assert state.nonfinite_steps == 1
 
 

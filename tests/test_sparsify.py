@@ -15,12 +15,13 @@ from helpers import assert_same, normal, relaxed, x64
 
 SHAPES = {"a": {"kernel": (9, 11), "bias": (11,)}, "b": {"kernel": (11, 5)}}
 SIZES = {"a/kernel": 99, "b/kernel": 55}
+SMALL = {"a": SHAPES["a"]}  # compiles in half the time
 STORAGES = {"bits": masks.Bits(), "zeros": masks.Zeros()}
 each_storage = pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES)
 
 
 def kernels(tree):
-    return {"a/kernel": tree["a"]["kernel"], "b/kernel": tree["b"]["kernel"]}
+    return {f"{name}/kernel": layer["kernel"] for name, layer in tree.items()}
 
 
 def zeros(tree):
@@ -74,25 +75,25 @@ def test_pruned_entries_are_zero_bit_for_bit(
     param_dtype, grad_dtype, optimizer, storage
 ):
     with x64(param_dtype == "float64"):
-        params = normal(SHAPES, dtype=param_dtype)
-        grads = normal(SHAPES, seed=1, dtype=grad_dtype)
+        params = normal(SMALL, dtype=param_dtype)
+        grads = normal(SMALL, seed=1, dtype=grad_dtype)
         sparsify = clipjax.sparsify(0.7, storage=STORAGES[storage], every=2)
         history, _ = train(optax.chain(optimizer, sparsify), params, grads, steps=3)
         for after in history:
-            assert zeros(after) == {p: n - kept(n, 0.7) for p, n in SIZES.items()}
+            assert zeros(after) == {"a/kernel": 99 - kept(99, 0.7)}
             for leaf in kernels(after).values():
                 assert not np.signbit(np.asarray(leaf)[np.asarray(leaf) == 0]).any()
             assert (after["a"]["bias"] != 0).all()
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_bad_update_of_a_pruned_entry_does_nothing(bad):
+def test_a_bad_update_of_a_pruned_entry_does_nothing():
     params = {"kernel": jnp.array([[3.0, 1.0], [2.0, 4.0]])}
-    updates = {"kernel": jnp.full((2, 2), bad)}
     tx = clipjax.sparsify(0.5)
-    projected, _ = tx.update(updates, tx.init(params), params)
-    expected = jnp.array([[bad, -1.0], [-2.0, bad]])
-    assert_same(projected, {"kernel": expected}, rtol=0, equal_nan=True)
+    state, update = tx.init(params), jax.jit(tx.update)
+    for bad in (np.nan, np.inf, -np.inf):
+        projected, _ = update({"kernel": jnp.full((2, 2), bad)}, state, params)
+        expected = jnp.array([[bad, -1.0], [-2.0, bad]])
+        assert_same(projected, {"kernel": expected}, rtol=0, equal_nan=True)
 
 
 def test_the_largest_stay_and_their_updates_pass():
@@ -130,12 +131,10 @@ def test_every_mask_has_the_exact_number(allocation):
         assert sum(zeros(after).values()) == expected
 
 
-@each_storage
-def test_the_cubic_ramp(storage):
+def test_the_cubic_ramp():
     """Zhu & Gupta: s(t) = s₁ + (s₀ - s₁)·(1 - (t - t₀)/T)³, a mask every 5 steps."""
     ramp = optax.polynomial_schedule(0.1, 0.9, 3, 20, transition_begin=5)
-    tx = clipjax.sparsify(ramp, every=5, storage=storage)
-    chain = optax.chain(optax.sgd(1e-3), tx)
+    chain = optax.chain(optax.sgd(1e-3), clipjax.sparsify(ramp, every=5))
     params, grads = normal(SHAPES), normal(SHAPES, seed=1)
     history, state = train(chain, params, grads, steps=32)
     for step, after in enumerate(history):
@@ -149,21 +148,16 @@ def test_the_cubic_ramp(storage):
 @each_storage
 def test_between_two_masks_zeros_stay_and_nothing_else_becomes_zero(storage):
     tx = optax.chain(optax.sgd(0.05), clipjax.sparsify(0.5, every=4, storage=storage))
-    params, grads = normal(SHAPES), normal(SHAPES, seed=1)
-    history, _ = train(tx, params, grads, steps=8)
-    for first in (0, 4):
-        for after in history[first : first + 4]:
-            for one, other in zip(*map(kernels, (history[first], after)), strict=True):
-                assert one == other
-            for path, leaf in kernels(after).items():
-                same = kernels(history[first])[path] == 0
-                np.testing.assert_array_equal(leaf == 0, same)
-    assert zeros(history[0]) == zeros(history[7])
+    history, _ = train(tx, normal(SMALL), normal(SMALL, seed=1), steps=8)
+    for step, after in enumerate(history):
+        last_mask = history[step - step % 4]["a"]["kernel"] == 0
+        np.testing.assert_array_equal(after["a"]["kernel"] == 0, last_mask)
+        assert last_mask.sum() == 50
 
 
 def test_with_magnitudes_a_pruned_entry_stays_pruned():
     tx = optax.chain(optax.sgd(0.05), clipjax.sparsify(0.5))
-    history, _ = train(tx, normal(SHAPES), normal(SHAPES, seed=1), steps=6)
+    history, _ = train(tx, normal(SMALL), normal(SMALL, seed=1), steps=6)
     for after in history:
         for path, leaf in kernels(after).items():
             np.testing.assert_array_equal(leaf == 0, kernels(history[0])[path] == 0)
@@ -172,30 +166,32 @@ def test_with_magnitudes_a_pruned_entry_stays_pruned():
 def test_a_falling_sparsity_lets_entries_return():
     fall = optax.piecewise_constant_schedule(0.8, {2: 0.25})
     tx = optax.chain(optax.sgd(0.05), clipjax.sparsify(fall))
-    history, _ = train(tx, normal(SHAPES), normal(SHAPES, seed=1), steps=5)
-    counts = [sum(zeros(after).values()) for after in history]
-    assert counts[0] == counts[1] > counts[4] + 60
+    history, _ = train(tx, normal(SMALL), normal(SMALL, seed=1), steps=5)
+    counts = [zeros(after)["a/kernel"] for after in history]
+    assert counts[0] == counts[1] == 80 > counts[4] + 40
 
 
-@pytest.mark.parametrize("broken", [0, 3, 4, 6])
-def test_a_mask_that_a_wrapper_discards_is_made_up_for(broken):
+def test_a_mask_that_a_wrapper_discards_is_made_up_for():
     """Counting steps alone, a NaN just when a mask is due would lose it."""
     tx = clipjax.sparsify(lambda step: 0.1 + 0.1 * step.astype(jnp.float32), every=3)
-    wrapped = optax.apply_if_finite(optax.chain(optax.sgd(1e-3), tx), 10)
-    params, grads = normal(SHAPES), normal(SHAPES, seed=1)
-    with relaxed():
-        state, update = wrapped.init(params), jax.jit(wrapped.update)
-        made = []
-        for step in range(9):
-            slope = jnp.nan if step == broken else 1.0
-            scaled = jax.tree.map(lambda g, s=slope: g * s, grads)
-            updates, state = update(scaled, state, params)
-            params = optax.apply_updates(params, updates)
-            made.append(float(state.inner_state[1].total_sparsity))
-    taken = [made[step] for step in range(9) if step != broken]
-    steps = [0, 0, 0, 3, 3, 3, 6, 6]  # inner steps at which each mask was made
-    np.testing.assert_allclose(taken, [0.1 + 0.1 * step for step in steps], atol=0.02)
-    assert state.total_notfinite == 1
+    wrapped = optax.apply_if_finite(tx, 10)
+    update, updates = jax.jit(wrapped.update), normal(SMALL, seed=1)
+    for broken in (0, 3, 4, 6):
+        params, made = normal(SMALL), []
+        with relaxed():
+            state = wrapped.init(params)
+            for step in range(9):
+                bad = jax.tree.map(lambda u: u * jnp.nan, updates)
+                incoming = bad if step == broken else updates
+                outgoing, state = update(incoming, state, params)
+                params = optax.apply_updates(params, outgoing)
+                if step != broken:
+                    made.append(float(state.inner_state.total_sparsity))
+        steps = [0, 0, 0, 3, 3, 3, 6, 6]  # inner steps at which each mask was made
+        np.testing.assert_allclose(
+            made, [0.1 + 0.1 * step for step in steps], atol=0.01
+        )
+        assert state.total_notfinite == 1
 
 
 # Bits and zeros
@@ -203,7 +199,7 @@ def test_a_mask_that_a_wrapper_discards_is_made_up_for(broken):
 
 def test_both_ways_to_store_a_mask_train_alike():
     ramp = optax.polynomial_schedule(0.0, 0.8, 3, 15)
-    params, grads = normal(SHAPES), normal(SHAPES, seed=1)
+    params, grads = normal(SMALL), normal(SMALL, seed=1)
     runs = [
         train(
             optax.chain(optax.adamw(1e-2), clipjax.sparsify(ramp, every=4, storage=s)),
@@ -214,9 +210,7 @@ def test_both_ways_to_store_a_mask_train_alike():
         for s in STORAGES.values()
     ]
     assert_same(runs[0], runs[1], rtol=0)
-    assert sum(zeros(runs[0][-1]).values()) == sum(
-        n - kept(n, 0.8) for n in SIZES.values()
-    )
+    assert zeros(runs[0][-1]) == {"a/kernel": 99 - kept(99, 0.8)}
 
 
 def test_a_kept_entry_at_zero_moves_with_bits_only():
@@ -281,8 +275,8 @@ def test_where_chooses_by_path_and_leaf():
     }
     assert set(state.leaf_sparsity) == {"b/kernel", "a/bias"}
     assert (after["a"]["bias"] == 0).sum() == 6
+    assert (after.pop("table")["embedding"] != 0).all()
     assert zeros(after) == {"a/kernel": 0, "b/kernel": 28}
-    assert (after["table"]["embedding"] != 0).all()
 
 
 def test_where_nothing_is_chosen_all_passes():
@@ -326,16 +320,15 @@ def test_an_allocation_may_have_another_floor():
     assert zeros(after) == {"a/kernel": 92, "b/kernel": 48}
 
 
-@pytest.mark.parametrize("bad", [np.nan, -np.inf, np.inf])
-def test_a_bad_parameter_takes_one_place_at_most(bad):
+def test_a_bad_parameter_takes_one_place_at_most():
     """NaN ranks lowest, an infinity highest; the number kept is the same."""
-    params = normal(SHAPES)
-    params["a"]["kernel"] = params["a"]["kernel"].at[0, 0].set(bad)
-    tx = clipjax.sparsify(0.5)
-    updates, state = jax.jit(tx.update)(params, tx.init(params), params)
-    after = optax.apply_updates(params, updates)["a"]["kernel"]
-    assert (after == 0).sum() == (49 if np.isnan(bad) else 50)  # NaN - NaN is NaN
-    np.testing.assert_allclose(state.leaf_sparsity["a/kernel"], 50 / 99, rtol=1e-6)
+    tx, params = clipjax.sparsify(0.5), {"kernel": normal((9, 11))}
+    state, update = tx.init(params), jax.jit(tx.update)
+    for bad, count in [(np.nan, 49), (-np.inf, 50), (np.inf, 50)]:  # NaN - NaN is NaN
+        broken = {"kernel": params["kernel"].at[0, 0].set(bad)}
+        updates, after = update(broken, state, broken)
+        assert (optax.apply_updates(broken, updates)["kernel"] == 0).sum() == count
+        np.testing.assert_allclose(after.total_sparsity, 50 / 99, rtol=1e-6)
 
 
 # What it remembers
@@ -376,10 +369,10 @@ def test_models_of_billions_of_entries_trace():
         assert jax.tree.structure(after) == jax.tree.structure(state)
 
 
-@pytest.mark.parametrize("every", [2, 2.0, jnp.int32(2), jnp.float32(2)])
+@pytest.mark.parametrize("every", [2.0, jnp.float32(2)])
 def test_every_may_be_any_number(every):
     tx = clipjax.sparsify(lambda step: 0.1 * step.astype(jnp.float32), every=every)
-    params = normal(SHAPES)
+    params = {"kernel": normal((9, 11))}
     state, update = tx.init(params), jax.jit(tx.update)
     made = []
     for _ in range(5):
