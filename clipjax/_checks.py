@@ -26,7 +26,7 @@ def not_negative(**values: Any) -> None:
             raise ValueError(f"{name} must not be negative, but is {value!r}.")
 
 
-def between(low: int | float, high: int | float, **values: Any) -> None:
+def between(low: int | float, high: int | float, /, **values: Any) -> None:
     """Raises unless every value lies in [low, high]."""
     for name, value in _concrete(values):
         if not low <= value <= high:
@@ -35,7 +35,7 @@ def between(low: int | float, high: int | float, **values: Any) -> None:
             )
 
 
-def at_least(low: int | float, **values: Any) -> None:
+def at_least(low: int | float, /, **values: Any) -> None:
     """Raises unless every value is `low` or more."""
     for name, value in _concrete(values):
         if not value >= low:
@@ -54,7 +54,7 @@ def rises(**values: Any) -> None:
         )
 
 
-def whole(least: int, **values: Any) -> None:
+def whole(least: int, /, **values: Any) -> None:
     """Raises unless every value is a Python integer of at least `least`."""
     for name, value in values.items():
         if isinstance(value, Tracer | Array):

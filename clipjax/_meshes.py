@@ -66,7 +66,7 @@ def zeros(function: Callable[..., Array], x: Array) -> Array:
     result = jnp.zeros(kind.shape, kind.dtype)
     if _is_explicit(x):
         result = jax.sharding.reshard(result, kind.sharding)
-    for name in sorted(_varying(x)):
+    for name in sorted(_varying(kind)):
         # Zero, but of a type that differs from device to device, as `function(x)` does.
         result += (jax.lax.axis_index(name) * 0).astype(kind.dtype)
     return result
@@ -77,7 +77,7 @@ def _is_explicit(x: Array) -> bool:
     return explicit in jax.typeof(x).sharding.mesh.axis_types
 
 
-def _varying(x: Array) -> frozenset:
+def _varying(x: Array | jax.ShapeDtypeStruct) -> frozenset:
     kind = jax.typeof(x)
     if hasattr(kind, "vma"):  # up to JAX 0.8
         return kind.vma

@@ -78,6 +78,23 @@ def scale(leaf: Any, factor: Float[Array, "..."]) -> Any:
     return (product * factor.astype(product.dtype)).astype(jnp.result_type(leaf))
 
 
+def scale_inward(leaf: Any, factor: Float[Array, "..."]) -> Any:
+    """Scales as `scale` does, but so that no norm comes out above what was meant.
+
+    Entries are rounded toward zero, and a factor below one is lowered by what a norm
+    in float32 may be off.
+    """
+    lower = jnp.where(factor < 1, factor * (1 - 2**-20), factor)
+    product = wide(leaf)
+    product = product * lower.astype(product.dtype)
+    if jnp.iscomplexobj(product):
+        return product.astype(jnp.result_type(leaf))
+    rounded = product.astype(jnp.result_type(leaf))
+    inward = jnp.nextafter(rounded, jnp.zeros_like(rounded))
+    outside = jnp.abs(rounded.astype(product.dtype)) > jnp.abs(product)
+    return jnp.where(outside, inward, rounded)
+
+
 def scale_all(tree: PyTree, factor: Float[Array, ""]) -> PyTree:
     """Scales every leaf that holds floating-point numbers."""
     return jax.tree.map(lambda x: scale(x, factor) if is_float(x) else x, tree)

@@ -178,11 +178,58 @@ def unit_inf_norm(
     return _over(lax.pmax, peaks, x, axis_name)
 
 
+def spectral_norm(
+    x: Inexact[Array, "..."], axis: Axes | None = None, *, steps: int = 20
+) -> Float[Array, "..."]:
+    """Returns the largest singular value of a matrix, the reduced axes of length 1.
+
+    σ₁ = max ‖X·v‖₂ over ‖v‖₂ = 1, by so many steps of power iteration, which come from
+    below: to 1 % after 20 where σ₂ ≤ 0.9·σ₁.
+
+    A matrix has the last of its axes as columns and all others as rows.  What has one
+    axis has its Euclidean norm.  Computed in float32 or wider; NaN where an entry is.
+
+    Args:
+        x: one leaf, real or complex.
+        axis: the axes of a matrix; `None` for all.
+        steps: of the iteration; static.
+
+    Example:
+        >>> spectral_norm(jnp.array([[3.0, 0.0], [0.0, -4.0]]))
+        Array([[4.]], dtype=float32)
+    """
+    axes = tuple(range(x.ndim)) if axis is None else axis
+    axes = tuple(a % x.ndim for a in ((axes,) if isinstance(axes, int) else axes))
+    if len(axes) < 2 or not x.size:
+        return unit_norm(x, axes)
+    rows, columns = tuple(sorted(axes)[:-1]), (max(axes),)
+    peak = unit_inf_norm(x, axes)
+    unit = _unit(peak)
+    matrix = trees.wide(x) / unit.astype(trees.wide(x).dtype)
+
+    def step(_, vector):
+        image = jnp.sum(matrix * vector, axis=columns, keepdims=True)
+        back = jnp.sum(jnp.conj(matrix) * image, axis=rows, keepdims=True)
+        size = unit_norm(back, columns)
+        return back / jnp.where(size > 0, size, 1).astype(back.dtype)
+
+    length = x.shape[columns[0]]
+    start = jnp.sin(1.0 + jnp.arange(length, dtype=jnp.float32))  # aligned with nothing
+    shape = [1] * x.ndim
+    shape[columns[0]] = length
+    vector = start.reshape(shape).astype(matrix.dtype)
+    vector = jnp.broadcast_to(vector, jnp.sum(matrix, axis=rows, keepdims=True).shape)
+    vector = lax.fori_loop(0, steps, step, vector)
+    image = jnp.sum(matrix * vector, axis=columns, keepdims=True)
+    result = unit * unit_norm(image, rows)
+    return jnp.where(jnp.isfinite(peak), result, peak)
+
+
 def unit_norms(
     leaves: Mapping[str, Array],
     axes: Mapping[str, Axes | None],
     *,
-    axis_name: AxisName = None,
+    axis_name: AxisName | Mapping[str, AxisName] = None,
 ) -> dict[str, Float[Array, "..."]]:
     """Returns the Euclidean norms of the units of many leaves, right up to 1e38.
 
@@ -191,22 +238,26 @@ def unit_norms(
     Args:
         leaves: by path.
         axes: the axes that a unit of each leaf spans.
-        axis_name: inside `jax.shard_map`, the mesh axes over which units are split.
+        axis_name: inside `jax.shard_map`, the mesh axes over which units are split, for
+            all leaves or by path.
 
     Example:
         >>> unit_norms({"w": jnp.array([[3e30], [4e30]])}, {"w": 0})
         {'w': Array([[5.e+30]], dtype=float32)}
     """
 
-    def rescaled(x, axis):
-        peak = unit_inf_norm(x, axis, axis_name=axis_name)
-        unit = _unit(peak)
-        shrunk = trees.wide(x) / unit.astype(trees.wide(x).dtype)
-        return unit * unit_norm(shrunk, axis, axis_name=axis_name)
+    def named(path):
+        return axis_name[path] if isinstance(axis_name, Mapping) else axis_name
 
-    plain = {p: unit_norm(x, axes[p], axis_name=axis_name) for p, x in leaves.items()}
+    def rescaled(x, axis, name):
+        unit = _unit(unit_inf_norm(x, axis, axis_name=name))
+        shrunk = trees.wide(x) / unit.astype(trees.wide(x).dtype)
+        return unit * unit_norm(shrunk, axis, axis_name=name)
+
+    plain = {p: unit_norm(x, axes[p], axis_name=named(p)) for p, x in leaves.items()}
     return _if_too_large(
-        plain, lambda: {p: rescaled(x, axes[p]) for p, x in leaves.items()}
+        plain,
+        lambda: {p: rescaled(x, axes[p], named(p)) for p, x in leaves.items()},
     )
 
 

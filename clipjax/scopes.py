@@ -1,4 +1,4 @@
-"""What is measured together: the axes that a unit of a leaf spans.
+"""What is measured together: an entry, a unit, a layer, a leaf, a group, or all.
 
 A unit is what feeds one output of a layer: a column of a Dense kernel, a filter of a
 convolution.  The rank of a kernel does not tell which axes these are: (3, 64, 32) may
@@ -6,16 +6,25 @@ be a 1-D convolution with 32 outputs or a projection to 64 heads of 32.  The bia
 to it does, since it has the shape of the outputs.
 """
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
+
+from . import _checks as check
+from ._types import Axes, AxisName
+
+Shaped = Array | jax.ShapeDtypeStruct
+"""An array, or its shape alone."""
 
 _WHOLE = ("bias", "scale")
 _INPUT_FIRST = ("query", "key", "value", "qkv")  # kernels of Flax's attention
 
 
-def unit_axes(path: str, leaf: Array, bias: Array | None = None) -> tuple[int, ...]:
+def unit_axes(path: str, leaf: Shaped, bias: Shaped | None = None) -> tuple[int, ...]:
     """Returns the axes that one unit of a leaf spans, as Flax lays its layers out.
 
     | leaf                                       | shape             | axes          |
@@ -47,13 +56,13 @@ def unit_axes(path: str, leaf: Array, bias: Array | None = None) -> tuple[int, .
         (0,)
     """
     *parents, name = path.split("/")
-    rank = jnp.ndim(leaf)
+    rank = len(leaf.shape)
     if rank <= 1 or name in _WHOLE:
         return tuple(range(rank))
     if name == "embedding":
         return (rank - 1,)
-    if bias is not None and 0 < bias.ndim < rank:
-        inputs = rank - bias.ndim
+    if bias is not None and 0 < len(bias.shape) < rank:
+        inputs = rank - len(bias.shape)
         if leaf.shape[inputs:] == bias.shape:
             return tuple(range(inputs))
     if parents and parents[-1] in _INPUT_FIRST:
@@ -74,3 +83,200 @@ def bias_of(path: str, leaves: Mapping[str, Array]) -> Array | None:
     """
     parent, slash, _ = path.rpartition("/")
     return leaves.get(f"{parent}{slash}bias")
+
+
+AxisRule = Axes | Callable[[str, Array], Axes | None] | None
+"""Which axes a unit spans: for all leaves alike, by path, or as Flax lays them out."""
+
+SpecRule = Callable[[str, Array], jax.sharding.PartitionSpec]
+"""How a leaf, by path, is split over a mesh inside `jax.shard_map`."""
+
+
+class Part(NamedTuple):
+    """What a leaf is measured with, and along which of its axes."""
+
+    key: str  # leaves of one key have one threshold
+    axes: tuple[int, ...] | None  # measured together; `None` for all, over all leaves
+    pool: str  # leaves of one pool have one norm
+
+
+@runtime_checkable
+class Scope(Protocol):
+    """What a scope has to offer."""
+
+    def part(self, path: str, leaves: Mapping[str, Array]) -> Part:
+        """Says for the leaf at `path`, one of `leaves`, what it is measured with."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    """All leaves together: one norm.
+
+    Example:
+        >>> Tree().part("w", {"w": jnp.ones(2)})
+        Part(key='', axes=None, pool='')
+    """
+
+    def part(self, path: str, leaves: Mapping[str, Array]) -> Part:
+        """Says what the leaf at `path` is measured with."""
+        del path, leaves
+        return Part("", None, "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The leaves that share a label.
+
+    Args:
+        label: from path and leaf to the name of the group.
+        shared: whether every group is measured by the norm of all leaves together, and
+            only has a threshold of its own.
+
+    Example:
+        >>> by_layer = Group(lambda path, leaf: path.split("/")[0])
+        >>> by_layer.part("dense/bias", {"dense/bias": jnp.ones(2)}).key
+        'dense'
+    """
+
+    label: Callable[[str, Array], str]
+    shared: bool = False
+
+    def __post_init__(self):
+        """Checks the argument."""
+        check.function(label=self.label)
+
+    def part(self, path: str, leaves: Mapping[str, Array]) -> Part:
+        """Says what the leaf at `path` is measured with."""
+        label = self.label(path, leaves[path])
+        return Part(label, None, "" if self.shared else label)
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """Each leaf by itself.
+
+    Example:
+        >>> Leaf().part("w", {"w": jnp.ones(2)})
+        Part(key='w', axes=None, pool='w')
+    """
+
+    def part(self, path: str, leaves: Mapping[str, Array]) -> Part:
+        """Says what the leaf at `path` is measured with."""
+        del leaves
+        return Part(path, None, path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """Each layer of a leaf that holds several, stacked by `nn.scan` or `nnx.vmap`.
+
+    Args:
+        stacked: the axes along which layers are stacked, for all leaves; or a function
+            of path and leaf that returns them, `()` for a leaf of one layer.
+
+    Example:
+        >>> Layer(0).part("kernel", {"kernel": jnp.ones((12, 4, 4))})
+        Part(key='kernel', axes=(1, 2), pool='kernel')
+    """
+
+    stacked: Axes | Callable[[str, Array], Axes]
+
+    def part(self, path: str, leaves: Mapping[str, Array]) -> Part:
+        """Says what the leaf at `path` is measured with."""
+        leaf = leaves[path]
+        kept = _axes_of(self.stacked, path, leaf)
+        axes = tuple(i for i in range(leaf.ndim) if i not in kept)
+        return Part(path, axes, path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """Each unit: what feeds one output of a layer.
+
+    Args:
+        axis: the axes that a unit spans, for all leaves; or a function of path and leaf
+            that returns them, or `None` for what `unit_axes` finds.
+        stacked: axes along which layers are stacked, never part of a unit; or a
+            function of path and leaf that returns them.
+
+    Example:
+        >>> Unit().part("kernel", {"kernel": jnp.ones((3, 3, 8, 16))})
+        Part(key='kernel', axes=(0, 1, 2), pool='kernel')
+        >>> Unit(stacked=0).part("kernel", {"kernel": jnp.ones((12, 8, 16))})
+        Part(key='kernel', axes=(1,), pool='kernel')
+    """
+
+    axis: AxisRule = None
+    stacked: Axes | Callable[[str, Array], Axes] = ()
+
+    def part(self, path: str, leaves: Mapping[str, Array]) -> Part:
+        """Says what the leaf at `path` is measured with."""
+        leaf = leaves[path]
+        axis = self.axis(path, leaf) if callable(self.axis) else self.axis
+        if axis is not None:
+            return Part(path, _positive(axis, path, leaf), path)
+        kept = self.stacked_axes(path, leaf)
+        rest = [i for i in range(leaf.ndim) if i not in kept]
+        bias: Shaped | None = bias_of(path, leaves)
+        if isinstance(bias, Array) and kept:
+            stacks = _axes_of(self.stacked, path.rpartition("/")[0] + "/bias", bias)
+            bias = _one_layer(bias, stacks)
+        own = unit_axes(path, _one_layer(leaf, kept), bias)
+        return Part(path, tuple(rest[i] for i in own), path)
+
+    def stacked_axes(self, path: str, leaf: Array) -> tuple[int, ...]:
+        """Returns along which axes of the leaf at `path` layers are stacked."""
+        return _axes_of(self.stacked, path, leaf)
+
+
+@dataclasses.dataclass(frozen=True)
+class Element:
+    """Each entry by itself.
+
+    Example:
+        >>> Element().part("w", {"w": jnp.ones((2, 3))})
+        Part(key='w', axes=(), pool='w')
+    """
+
+    def part(self, path: str, leaves: Mapping[str, Array]) -> Part:
+        """Says what the leaf at `path` is measured with."""
+        del leaves
+        return Part(path, (), path)
+
+
+def split_axes(spec: jax.sharding.PartitionSpec, axes: tuple[int, ...]) -> AxisName:
+    """Returns the mesh axes that split these axes of an array laid out by a spec.
+
+    Example:
+        >>> split_axes(jax.sharding.PartitionSpec("data", ("model", "expert")), (1,))
+        ('model', 'expert')
+    """
+    names: list[str] = []
+    for axis in axes:
+        entry = spec[axis] if axis < len(spec) else None
+        names += [entry] if isinstance(entry, str) else list(entry or ())
+    return tuple(names)
+
+
+def _axes_of(
+    rule: Axes | Callable[[str, Array], Axes], path: str, leaf: Array
+) -> tuple[int, ...]:
+    return _positive(rule(path, leaf) if callable(rule) else rule, path, leaf)
+
+
+def _positive(axes: Axes, path: str, leaf: Array) -> tuple[int, ...]:
+    """Counts axes from the front, and refuses those that are not there."""
+    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    rank = jnp.ndim(leaf)
+    if any(not -rank <= axis < rank for axis in axes):
+        raise ValueError(
+            f"The axes {axes} do not fit the leaf at {path!r} of shape {leaf.shape}."
+            " Give a function of path and leaf instead."
+        )
+    return tuple(sorted({axis % rank for axis in axes}))
+
+
+def _one_layer(leaf: Shaped, stacked: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    shape = tuple(n for i, n in enumerate(leaf.shape) if i not in stacked)
+    return jax.ShapeDtypeStruct(shape, leaf.dtype)

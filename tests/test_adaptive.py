@@ -13,6 +13,7 @@ from clipjax.thresholds import WindowedQuantile
 from helpers import assert_same, normal, x64
 
 DEFAULT = clipjax.adaptive_clip()
+ALONE = clipjax.adaptive_clip(ratio=np.inf)  # the history, whatever the parameters
 
 
 @functools.cache
@@ -56,6 +57,23 @@ def reference(norms, *, first, quantile=0.9, factor=1.05, growth=3.0, window=64)
     return np.array(out), np.array(thresholds)
 
 
+def bounded(updates, params, *, ratio=0.02):
+    """The units' rule in plain NumPy: what is left, before the history."""
+    params = {path: np.float64(leaf) for path, leaf in params.items()}
+    entries = sum(leaf.size for leaf in params.values())
+    mean = np.sqrt(sum((leaf**2).sum() for leaf in params.values()) / entries)
+    out = {}
+    for path, update in updates.items():
+        update = np.float64(update)
+        axes = (0,) if update.ndim > 1 else None
+        unit = update.shape[0] if update.ndim > 1 else update.size
+        own = np.sqrt((params[path] ** 2).sum(axis=axes, keepdims=True))
+        bound = ratio * np.maximum(np.maximum(own, 1e-3), 0.1 * mean * np.sqrt(unit))
+        size = np.sqrt((update**2).sum(axis=axes, keepdims=True))
+        out[path] = update * np.minimum(1, bound / size)
+    return out
+
+
 ROUGH = usual(300, seed=7)
 ROUGH[150:] *= 5
 ROUGH[[50, 120, 121, 200]] = [1e3, 1e6, 40, 0]
@@ -79,6 +97,51 @@ def test_it_is_its_rule(options):
     np.testing.assert_allclose(thresholds, expected[1], rtol=2e-5)
 
 
+# Relative to the parameters
+
+
+def test_units_are_bounded_by_their_parameters():
+    shapes = {"dense/kernel": (6, 5), "dense/bias": (5,), "out/kernel": (5, 3)}
+    params, updates = normal(shapes), normal(shapes, seed=1)
+    params["dense/bias"] = jnp.zeros(5)
+    params["out/kernel"] = params["out/kernel"] * jnp.array([[0.0, 1.0, 100.0]])
+    tx = clipjax.adaptive_clip(start=1e6)
+    out, state = jax.jit(tx.update)(updates, tx.init(params), params)
+    expected = bounded(updates, params)
+    for path in shapes:
+        np.testing.assert_allclose(out[path], expected[path], rtol=2e-6)
+    left = np.sqrt(sum((leaf**2).sum() for leaf in expected.values()))
+    np.testing.assert_allclose(state.norm_history[0], left, rtol=1e-6)
+    np.testing.assert_allclose(state.clip.norm, optax.tree.norm(updates), rtol=1e-6)
+    np.testing.assert_allclose(state.clip.clipped_norm, left, rtol=1e-6)
+    assert state.clip.clipped_steps == 1
+
+
+def test_a_rise_never_leads_beyond_the_parameters():
+    """A history alone would follow: with SGD, into divergence."""
+    rise = np.geomspace(1e-3, 1e3, 300)
+    out, _, _ = fed(rise, param_norm=10.0)
+    assert out.max() <= 0.2 * (1 + 1e-6)
+    alone, _, _ = fed(rise, tx=ALONE, param_norm=10.0)
+    assert alone.max() > 100
+
+
+def test_stacked_layers_are_apart():
+    params = {"kernel": jnp.stack([normal((4, 3), seed=i) for i in range(3)])}
+    updates = {"kernel": jnp.stack([normal((4, 3), seed=9 + i) for i in range(3)])}
+    updates["kernel"] = updates["kernel"].at[1].multiply(1e3)
+    tx = clipjax.adaptive_clip(start=1e6, stacked=0)
+    out, _ = tx.update(updates, tx.init(params), params)
+    mean = np.sqrt((np.float64(params["kernel"]) ** 2).mean())
+    for layer, own, got in zip(
+        *(t["kernel"] for t in (updates, params, out)), strict=True
+    ):
+        size, least = (np.linalg.norm(np.float64(x), axis=0) for x in (layer, own))
+        bound = 0.02 * np.maximum(least, 0.1 * mean * 2)
+        expected = np.asarray(layer) * np.minimum(1, bound / size)
+        np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
 # What passes
 
 
@@ -94,7 +157,7 @@ def test_ordinary_steps_pass_bit_for_bit():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 def test_within_the_threshold_every_bit_passes(dtype):
     with x64(dtype == "float64"):
-        params = {"w": jnp.full((50,), 100, dtype)}
+        params = {"w": jnp.full((50,), 1000, dtype)}
         updates = {"w": normal((50,), dtype=dtype) / jnp.asarray(8, dtype)}
         state, step = DEFAULT.init(params), jax.jit(DEFAULT.update)
         for _ in range(3):
@@ -202,6 +265,9 @@ def test_the_first_step_is_bounded_by_the_parameters(norm):
 def test_parameters_at_zero_can_move():
     tx, params = clipjax.adaptive_clip(start=0.5), {"w": jnp.zeros(2)}
     updates, _ = tx.update({"w": jnp.array([3.0, 4.0])}, tx.init(params), params)
+    assert_same(updates, {"w": jnp.array([1.2e-5, 1.6e-5])})
+    alone = clipjax.adaptive_clip(start=0.5, ratio=jnp.inf)
+    updates, _ = alone.update({"w": jnp.array([3.0, 4.0])}, alone.init(params), params)
     assert_same(updates, {"w": jnp.array([3e-4, 4e-4])})
 
 
@@ -216,7 +282,7 @@ def test_without_parameters_the_first_step_passes():
 
 @pytest.mark.parametrize("level", [1e-6, 1.0, 1e3, 1e5])
 def test_any_scale_is_found_in_a_few_steps(level):
-    out, _, _ = fed(usual(100, level=level), param_norm=10.0)
+    out, _, _ = fed(usual(100, level=level), tx=ALONE, param_norm=10.0)
     norms = usual(100, level=level)
     assert (out[20:] >= 0.9 * norms[20:]).mean() > 0.9
 
@@ -224,7 +290,7 @@ def test_any_scale_is_found_in_a_few_steps(level):
 def test_a_bad_first_step_is_forgotten():
     norms = usual(200)
     norms[0] = 1e6
-    out, _, _ = fed(norms, param_norm=50.0)
+    out, _, _ = fed(norms, tx=ALONE, param_norm=50.0)
     assert out[0] == pytest.approx(0.5)
     assert (out[20:] >= 0.9 * norms[20:]).mean() > 0.9
 
@@ -271,37 +337,45 @@ def test_nothing_but_zeros():
 
 # The rule by itself
 
+ZERO = jnp.float32(0)
+
+
+def remembered(rule, norms, threshold=jnp.inf):
+    """The memory after these norms."""
+    memory = rule.empty(ZERO)
+    for norm in norms:
+        norm, bound = jnp.float32(norm), jnp.float32(threshold)
+        memory = rule.remember(memory, norm, bound, jnp.minimum(norm, bound))
+    return memory
+
 
 @pytest.mark.parametrize("quantile", [0.0, 0.1, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("known", [1, 2, 7, 16])
 def test_the_threshold_is_a_quantile_of_what_is_known(quantile, known):
     rule = WindowedQuantile(quantile=quantile, factor=2.0, window=16)
     norms = np.random.default_rng(known).lognormal(size=known).astype(np.float32)
-    history = rule.empty()
-    for norm in norms:
-        history = rule.remember(history, jnp.float32(norm), jnp.float32(jnp.inf))
-    actual = jax.jit(rule.threshold)(history)
+    actual = jax.jit(rule.threshold)(remembered(rule, norms), ZERO)
     np.testing.assert_allclose(actual, 2 * np.quantile(norms, quantile), rtol=2e-6)
 
 
 def test_an_empty_history_sets_no_threshold():
     rule = WindowedQuantile()
-    assert rule.threshold(rule.empty()) == jnp.inf
+    assert rule.threshold(rule.empty(ZERO), ZERO) == jnp.inf
 
 
 def test_the_oldest_norm_is_forgotten():
     rule = WindowedQuantile(window=3)
-    history = rule.empty()
-    for norm in (1.0, 2.0, 3.0, 4.0):
-        history = rule.remember(history, jnp.float32(norm), jnp.float32(100))
+    history = remembered(rule, [1.0, 2.0, 3.0, 4.0], 100.0)
     assert_same(history, jnp.array([4.0, 3.0, 2.0]), rtol=0)
 
 
 @pytest.mark.parametrize("norm", [0.0, np.nan, np.inf])
 def test_what_tells_nothing_is_not_remembered(norm):
-    rule = WindowedQuantile(window=3)
-    history = jnp.array([1.0, 2.0, -1.0])
-    assert_same(rule.remember(history, jnp.float32(norm), jnp.float32(1)), history)
+    tx = clipjax.clip_by(WindowedQuantile(window=3))
+    params = {"w": jnp.ones(2)}
+    _, state = tx.update(params, tx.init(params))
+    _, after = tx.update({"w": jnp.array([norm, 0.0])}, state)
+    assert_same(after.threshold_memory, state.threshold_memory, rtol=0)
 
 
 # In a chain
@@ -327,5 +401,7 @@ def test_training_survives_what_breaks_it_otherwise():
         (w, _), _ = jax.lax.scan(step, (start, tx.init(start)), keys)
         return float(jnp.max(jnp.abs(w - truth)))
 
-    assert error(optax.chain(clipjax.adaptive_clip(), optax.scale(-0.1))) < 0.02
+    assert error(optax.chain(ALONE, optax.scale(-0.1))) < 0.02
+    # Within the bounds of the parameters it takes longer, and stays.
+    assert error(optax.chain(DEFAULT, optax.scale(-1.0))) < 0.2
     assert not error(optax.scale(-0.1)) < 1e3

@@ -110,7 +110,7 @@ def test_within_the_bound_every_bit_passes(name, dtype):
             actual, state = update(jnp.float32(bound), updates, params)
             assert_same(actual, updates, rtol=0)
             if name != "clip":
-                assert state.clipped_steps == 0
+                assert state.clip.clipped_steps == 0
 
 
 @each_clip
@@ -127,7 +127,7 @@ def test_a_norm_just_at_the_bound_passes(name):
     bound = 1.0 if name == "adaptive_grad_clip" else 5.0
     actual, state = once(make(name, bound), updates)
     assert_same(actual, updates, rtol=0)
-    assert state.clipped_steps == 0
+    assert state.clip.clipped_steps == 0
 
 
 @each_clip
@@ -194,7 +194,7 @@ def test_many_bfloat16_leaves_are_clipped_to_the_bound():
     """Optax finds 16 instead of 17.3: a sum of ones stands still at 256."""
     tx, updates = clipjax.clip_by_global_norm(1.0), [jnp.bfloat16(1.0)] * 300
     clipped, state = tx.update(updates, tx.init(updates))
-    np.testing.assert_allclose(state.norm, np.sqrt(300), rtol=1e-6)
+    np.testing.assert_allclose(state.clip.norm, np.sqrt(300), rtol=1e-6)
     size = np.sqrt(sum(float(leaf) ** 2 for leaf in clipped))
     np.testing.assert_allclose(size, 1, rtol=2**-8)
 
@@ -214,8 +214,8 @@ def test_entries_whose_squares_leave_float32(name, size):
     actual, state = once(make(name, 0.1 * size), extreme)
     actual = jax.tree.map(lambda x: x / jnp.float32(size), actual)
     assert_same(actual, expected, rtol=2e-6)
-    np.testing.assert_allclose(state.threshold, 0.1 * size, rtol=1e-6)
-    assert state.nonfinite_steps == 0
+    np.testing.assert_allclose(state.clip.threshold, 0.1 * size, rtol=1e-6)
+    assert state.clip.nonfinite_steps == 0
 
 
 @pytest.mark.parametrize(
@@ -351,14 +351,14 @@ def test_what_a_bad_entry_does(bad):
 
     whole, state = once(make("clip_by_global_norm", 0.1), updates)
     same(whole, updates)
-    assert (state.nonfinite_steps, state.clipped_steps) == (1, 0)
+    assert (state.clip.nonfinite_steps, state.clip.clipped_steps) == (1, 0)
 
     leaves, state = once(make("clip_by_block_rms", 0.1), updates)
     same(leaves["dense"]["kernel"], kernel)
     clean = once(make("clip_by_block_rms", 0.1), normal(SHAPES, seed=1))[0]
     close(leaves["dense"]["bias"], clean["dense"]["bias"])
     close(leaves["conv"], clean["conv"])
-    assert state.nonfinite_steps == 1
+    assert state.clip.nonfinite_steps == 1
 
     units, state = once(make("adaptive_grad_clip", 0.1), updates, params)
     clean = once(make("adaptive_grad_clip", 0.1), normal(SHAPES, seed=1), params)[0]
@@ -366,7 +366,7 @@ def test_what_a_bad_entry_does(bad):
     others = jnp.array([0, 2, 3])
     close(units["dense"]["kernel"][:, others], clean["dense"]["kernel"][:, others])
     close(units["conv"], clean["conv"])
-    assert state.nonfinite_steps == 1
+    assert state.clip.nonfinite_steps == 1
 
 
 def test_apply_if_finite_sees_what_a_clip_lets_pass():
@@ -390,11 +390,15 @@ def test_the_state_tells_what_was_done(name):
     params, updates = normal(SHAPES), normal(SHAPES, seed=1)
     tx = make(name, 0.1)
     clipped, state = once(tx, updates, params)
-    for field, tree in [(state.norm, updates), (state.clipped_norm, clipped)]:
+    for field, tree in [(state.clip.norm, updates), (state.clip.clipped_norm, clipped)]:
         size = np.sqrt(sum(np.sum(x**2) for x in jax.tree.leaves(wide(tree))))
         np.testing.assert_allclose(field, size, rtol=1e-6)
-    assert state.threshold == np.float32(0.1)
-    assert (state.step, state.clipped_steps, state.nonfinite_steps) == (1, 1, 0)
+    assert state.clip.threshold == np.float32(0.1)
+    assert (state.clip.step, state.clip.clipped_steps, state.clip.nonfinite_steps) == (
+        1,
+        1,
+        0,
+    )
 
 
 @scaling
@@ -403,8 +407,12 @@ def test_steps_are_counted_by_what_happened_to_them(name):
     step, state = jax.jit(tx.update), tx.init(params)
     for size in [0.1, 9.0, np.nan, 0.1, 9.0, np.inf, 9.0]:
         _, state = step({"w": jnp.full(4, size)}, state, params)
-    assert (state.step, state.clipped_steps, state.nonfinite_steps) == (7, 3, 2)
-    np.testing.assert_allclose(state.norm, 18)  # of the last finite step
+    assert (state.clip.step, state.clip.clipped_steps, state.clip.nonfinite_steps) == (
+        7,
+        3,
+        2,
+    )
+    np.testing.assert_allclose(state.clip.norm, 18)  # of the last finite step
 
 
 def test_the_step_stays_at_the_last_int32():

@@ -12,6 +12,7 @@ LAYERS = [
     {  # 1 mathematics: pure functions and frozen values
         "norms",
         "scopes",
+        "responses",
         "thresholds",
         "_ranking",
         "_search",
@@ -21,7 +22,11 @@ LAYERS = [
         "allocations",
         "masks",
     },
-    {"clipping", "sparsity"},  # 2 transforms: what goes into `optax.chain`
+    {
+        "clipping",
+        "per_example",
+        "sparsity",
+    },  # 2 transforms: what goes into `optax.chain`
     {"_metrics", "_report"},  # 3 whole networks
     {"__init__"},  # what users import, and so without layer 4
     {"examples", "cli", "__main__"},  # 4 applications

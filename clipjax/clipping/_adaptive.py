@@ -1,20 +1,27 @@
-"""Clipping against the recent past: no threshold to tune."""
+"""Clipping against the parameters and the recent past: no threshold to tune."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
-from .. import _checks as check, _trees as trees, norms
-from .._types import AxisName, Number, Schedule
-from ..thresholds import WindowedQuantile
-from . import _state as states
-from ._response import exceeds, shrink
+from .. import (
+    _checks as check,
+    _meshes as meshes,
+    _trees as trees,
+    norms,
+    responses,
+    scopes,
+)
+from .._types import Axes, AxisName, Number, Schedule
+from ..thresholds import WindowedQuantile, Winsorized
+from . import _measure as parts_of, _state as states
 from ._state import ClipState
 
 _LEAST_PARAM_NORM = 1e-3  # as in adaptive gradient clipping
+_LEAST_SHARE = 0.1  # of the parameters' root mean square; see the docstring
 
 
 class AdaptiveClipState(NamedTuple):
@@ -24,40 +31,69 @@ class AdaptiveClipState(NamedTuple):
     norm_history: Float[Array, " window"]  # newest first, -1 where there is none yet
 
 
+class _Units(NamedTuple):
+    """An update, unit by unit."""
+
+    norm: Float[Array, ""]  # of the whole update as it came
+    clipped_norm: Float[Array, ""]  # and with every unit within its bound
+    factors: dict[str, Array]  # that bring each unit there, by path
+    clipped: Bool[Array, ""]  # whether any was above
+    param_norm: Float[Array, ""]  # infinity if there are no parameters to go by
+
+
 def adaptive_clip(
     *,
     quantile: Number | Schedule = 0.9,
     factor: Number | Schedule = 1.05,
     growth: Number | Schedule = 3.0,
     start: Number | Schedule = 0.01,
+    ratio: Number | Schedule = 0.02,
     window: int = 64,
+    stacked: Axes | Callable[[str, Array], Axes] = (),
+    specs: scopes.SpecRule | None = None,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Clips the global norm to what was usual lately; needs no argument.
+    """Clips to what the parameters bear and what was usual lately; needs no argument.
 
-    u ← u · Tₜ / max(Tₜ, nₜ), nₜ = ‖u‖₂, Tₜ = f·Q_q(n̂ₜ₋₁, …, n̂ₜ₋w), n̂ₜ = min(nₜ, g·Tₜ)
+    First every unit, relative to its own parameters θ, which have a scale where a
+    history has none yet:
 
-    The threshold stands a little above the norms that are usual, so ordinary steps pass
-    bit for bit.  A spike comes out at the threshold and is remembered at no more than
-    g thresholds: it can neither lift the threshold nor hide the next one.  A lasting
-    rise passes as soon as it fills a tenth of the window: one of 10x after some 15
-    steps, and 15 more for each further factor of ten.  Norms that never stop rising, by
-    2 % a step, pass at nine tenths of their size.
+    u ← u · B / max(B, ‖u‖₂), B = λ·max(‖θ‖₂, 10⁻³, RMS·√m/10), for a unit of m entries
+
+    and RMS the root mean square of all parameters, so that units that start at zero can
+    move.  Then the global norm n of what that leaves, relative to its own past:
+
+    u ← u · Tₜ / max(Tₜ, nₜ), Tₜ = f·Q_q(n̂ₜ₋₁, …, n̂ₜ₋w), n̂ₜ = min(nₜ, g·Tₜ)
+
+    The threshold T stands a little above the norms that are usual, so with units within
+    their bounds ordinary steps pass bit for bit, 95 of 100 of them.  A spike comes out
+    at the threshold and is remembered at no more than g thresholds: it can neither lift
+    the threshold nor hide the next one.  A lasting rise passes as soon as it fills a
+    tenth of the window: one of 10x after some 8 steps, and 15 more for each further
+    factor of ten.  Norms that never stop rising, by 2 % a step, pass at nine tenths of
+    their size.
 
     The first step has no past.  Its threshold is T₀ = s·max(‖θ‖₂, 10⁻³), a small share
     of the parameters' own norm, and while the history is short the threshold can grow
     by f·g a step: a bad first step cannot wreck the parameters, and a scale that is
-    far off costs a few steps.  Without `params` the first step passes unchanged.
+    far off costs a few steps.  Without `params` only the history is left, and the first
+    step passes unchanged.
 
     A step with a NaN or an infinity becomes zero, is counted, and is not remembered.
 
     Args:
         quantile: q in [0, 1], which of the recent norms is the measure.  This and the
-            next three are numbers, traced values or schedules.
+            next four are numbers, traced values or schedules.
         factor: f > 0, how far above it the threshold stands.
         growth: g ≥ 1, how many thresholds a norm is remembered at, at most; f·g > 1.
         start: s > 0, the first threshold relative to the parameters.
+        ratio: λ > 0, the largest ratio of a unit's norm to that of its parameters;
+            infinity leaves the history alone.
         window: w ≥ 2, how many norms are remembered; a static integer.
+        stacked: axes along which `nn.scan` or `nnx.vmap` stacks layers, for all leaves
+            or by path and leaf; never part of a unit.
+        specs: inside `jax.shard_map`, how each leaf is split, by path and leaf; without
+            it, every leaf that is split has to be split along the axes of a unit.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
@@ -71,61 +107,110 @@ def adaptive_clip(
         Array([1.05, 0.  , 0.  , 0.  ], dtype=float32)
 
     Reference:
-        The windowed quantile is that of Prem Seetharaman, Gordon Wichern, Bryan Pardo,
-        Jonathan Le Roux, AutoClip: Adaptive Gradient Clipping for Source Separation
-        Networks, 2020, https://arxiv.org/abs/2007.14469; the bounded memory and the
-        first threshold are ours.
+        The bound of a unit is that of Andrew Brock, Soham De, Samuel L. Smith, Karen
+        Simonyan, High-Performance Large-Scale Image Recognition Without Normalization,
+        2021, https://arxiv.org/abs/2102.06171; the windowed quantile that of Prem
+        Seetharaman, Gordon Wichern, Bryan Pardo, Jonathan Le Roux, AutoClip: Adaptive
+        Gradient Clipping for Source Separation Networks, 2020,
+        https://arxiv.org/abs/2007.14469; the bounded memory, the first threshold and
+        their composition are ours.
     """
     check.between(0, 1, quantile=quantile)
-    check.positive(factor=factor, start=start)
+    check.positive(factor=factor, start=start, ratio=ratio)
     check.at_least(1, growth=growth)
     check.rises(factor=factor, growth=growth)
     check.whole(2, window=window)
+    scope = scopes.Unit(stacked=stacked)
 
     def init(params):
         del params
-        history = WindowedQuantile(window=window).empty()
+        history = WindowedQuantile(window=window).empty(jnp.zeros([], jnp.float32))
         return AdaptiveClipState(states.first(), history)
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
         step = state.clip.step
+        most = trees.value_at(ratio, step)
+        units = _units(updates, params, most, scope, specs, axis_name)
         rule = WindowedQuantile(
             trees.value_at(quantile, step),
             trees.value_at(factor, step),
-            trees.value_at(growth, step),
+            Winsorized(trees.value_at(growth, step)),
             window,
         )
-        first = trees.value_at(start, step)
-        norm = norms.global_norm(updates, scaled=True, axis_name=axis_name)
-        bound = jax.lax.cond(
+        norm = units.clipped_norm
+        bound = jnp.where(
             state.norm_history[0] < 0,  # nothing is remembered
-            lambda: first * _param_norm(params, axis_name),
-            lambda: rule.threshold(state.norm_history),
+            trees.value_at(start, step) * units.param_norm,
+            rule.threshold(state.norm_history, norm.astype(jnp.float32)),
         )
-        scale = shrink(norm, bound)
+        scale = responses.scale(norm, bound)
         known = jnp.isfinite(norm)
+        longer = rule.remember(
+            state.norm_history, norm.astype(jnp.float32), bound, norm * scale
+        )
         new_state = AdaptiveClipState(
             states.after(
                 state.clip,
-                norm=norm,
+                norm=units.norm,
                 clipped_norm=norm * scale,
                 threshold=bound,
-                clipped=exceeds(norm, bound),
+                clipped=units.clipped | (scale != 1),
             ),
-            rule.remember(state.norm_history, norm.astype(jnp.float32), bound),
+            jnp.where(known & (norm > 0), longer, state.norm_history),
         )
-        scaled = trees.scale_all(updates, scale)
-        zeroed = jax.tree.map(lambda u: jnp.where(known, u, jnp.zeros_like(u)), scaled)
-        return zeroed, new_state
+
+        def respond(leaf, factor):
+            out = trees.scale(leaf, factor * scale.astype(factor.dtype))
+            return jnp.where(known, out, jnp.zeros_like(out))
+
+        return trees.map_by_path(respond, updates, units.factors), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _param_norm(params: PyTree, axis_name: AxisName) -> Float[Array, ""]:
-    """Returns the norm of the parameters, infinity where there is none to go by."""
+def _units(
+    updates: PyTree,
+    params: PyTree,
+    ratio: Float[Array, ""],
+    scope: scopes.Unit,
+    specs: scopes.SpecRule | None,
+    axis_name: AxisName,
+) -> _Units:
+    """Compares every unit with its parameters."""
+    leaves = trees.floats(updates)
     if params is None:
-        return jnp.asarray(jnp.inf, jnp.float32)
-    norm = norms.global_norm(params, scaled=True, axis_name=axis_name)
-    norm = jnp.where(jnp.isfinite(norm), norm, jnp.inf).astype(jnp.float32)
-    return jnp.maximum(norm, _LEAST_PARAM_NORM)
+        norm = norms.global_norm(leaves, scaled=True, axis_name=axis_name)
+        ones = {path: jnp.ones([], norm.dtype) for path in leaves}
+        return _Units(norm, norm, ones, jnp.zeros([], bool), jnp.asarray(jnp.inf))
+    found = trees.floats(params)
+    for path, leaf in leaves.items():
+        check.same_shape("adaptive_clip", path, leaf, found.get(path))
+    own = {path: found[path] for path in leaves}
+    parts = {path: scope.part(path, found) for path in leaves}
+    names = parts_of.names_of(leaves, parts, specs, axis_name)
+    over = None if specs is None else axis_name
+    measure = parts_of.measure
+    sizes = measure(leaves, parts, norms.global_norm, names)
+    relative = measure(own, parts, norms.global_norm, names)
+    param_norm = parts_of.total(relative, norms.global_norm, over)
+    known = jnp.isfinite(param_norm)
+    counted = parts_of.entries(leaves, parts, names)
+    all_entries = sum(x.size * meshes.blocks(x, axis_name) for x in leaves.values())
+    mean = param_norm / jnp.sqrt(jnp.asarray(max(all_entries, 1), param_norm.dtype))
+    factors = {}
+    for path, size in sizes.items():
+        root = jnp.sqrt(jnp.asarray(counted[path], jnp.float32)).astype(size.dtype)
+        least = jnp.maximum(_LEAST_SHARE * mean.astype(size.dtype) * root, 1e-3)
+        bound = ratio.astype(size.dtype) * jnp.maximum(relative[path], least)
+        factors[path] = responses.scale(size, jnp.where(known, bound, jnp.inf))
+    after = {path: sizes[path] * factors[path] for path in sizes}
+    above = [factor != 1 for factor in factors.values()]
+    param_norm = jnp.where(known, param_norm, jnp.inf).astype(jnp.float32)
+    return _Units(
+        parts_of.total(sizes, norms.global_norm, over),
+        parts_of.total(after, norms.global_norm, over),
+        factors,
+        parts_of.anywhere(above, over),
+        jnp.maximum(param_norm, _LEAST_PARAM_NORM),
+    )

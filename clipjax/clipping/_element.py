@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from .. import _checks as check, _trees as trees
+from .. import _checks as check, _trees as trees, responses
 from .._types import Number, Schedule
 
 
@@ -49,24 +49,10 @@ def clip(max_delta: Number | Schedule) -> optax.GradientTransformationExtraArgs:
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
         bound = trees.bound_at(max_delta, state.step)
-        clipped = jax.tree.map(lambda u: _clamp(u, bound), updates)
+        clipped = jax.tree.map(
+            lambda u: responses.clamped(u, bound, bound) if trees.is_float(u) else u,
+            updates,
+        )
         return clipped, ElementClipState(trees.next_step(state.step))
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _clamp(u, bound):
-    if not trees.is_float(u):
-        return u
-    bound = jnp.maximum(jnp.nan_to_num(bound, nan=jnp.inf, posinf=jnp.inf), 0)
-    if jnp.iscomplexobj(u):
-        size = jnp.abs(u)
-        bound = bound.astype(size.dtype)
-        shrunk = u * (bound / jnp.where(size > bound, size, 1)).astype(u.dtype)
-        return jnp.where(size > bound, shrunk, u)
-    rounded = bound.astype(u.dtype)
-    if jnp.finfo(u.dtype).bits >= jnp.finfo(bound.dtype).bits:
-        return jnp.clip(u, -rounded, rounded)
-    inward = jnp.nextafter(rounded, jnp.zeros_like(rounded))
-    within = jnp.where(rounded.astype(bound.dtype) > bound, inward, rounded)
-    return jnp.clip(u, -within, within)

@@ -1,13 +1,10 @@
 """Clipping by a fixed norm: of the whole tree, or of each leaf."""
 
-import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
 
-from .. import _checks as check, _meshes as meshes, _trees as trees, norms
+from .. import _checks as check, norms, responses, scopes
 from .._types import AxisName, Number, Schedule
-from . import _state as states
-from ._response import exceeds, shrink
+from ._engine import clip_by
 
 
 def clip_by_global_norm(
@@ -19,8 +16,8 @@ def clip_by_global_norm(
 
     Takes the place of `optax.clip_by_global_norm`; the norm is computed in float32 or
     wider, and is right from 1e-38 to 1e38.  An update within the bound passes bit for
-    bit.  Rounding to a narrow dtype may exceed the bound by one part in 2⁹ (bfloat16)
-    or 2¹² (float16).  An update with a NaN or an infinity passes unchanged and is
+    bit.  Rounding to a narrow dtype may exceed the bound by one part in 2⁸ (bfloat16)
+    or 2¹¹ (float16).  An update with a NaN or an infinity passes unchanged and is
     counted: `optax.apply_if_finite` can then see it.
 
     Args:
@@ -28,6 +25,7 @@ def clip_by_global_norm(
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> tx = clip_by_global_norm(1.0)
         >>> updates = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
         >>> tx.update(updates, tx.init(updates))[0]
@@ -38,26 +36,36 @@ def clip_by_global_norm(
         Recurrent Neural Networks, 2012, https://arxiv.org/abs/1211.5063
     """
     check.not_negative(max_norm=max_norm)
+    return clip_by(max_norm, axis_name=axis_name)
 
-    def init(params):
-        del params
-        return states.first()
 
-    def update(updates, state, params=None, **extra_args):
-        del params, extra_args
-        bound = trees.bound_at(max_norm, state.step)
-        norm = norms.global_norm(updates, scaled=True, axis_name=axis_name)
-        factor = shrink(norm, bound)
-        new_state = states.after(
-            state,
-            norm=norm,
-            clipped_norm=norm * factor,
-            threshold=bound,
-            clipped=exceeds(norm, bound),
-        )
-        return trees.scale_all(updates, factor), new_state
+def clip_by_leaf_norm(
+    max_norm: Number | Schedule, *, axis_name: AxisName = None
+) -> optax.GradientTransformationExtraArgs:
+    """Scales each leaf so that its own norm is at most c.
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    u ← u · c / max(c, ‖u‖₂), for each leaf u
+
+    What Keras calls `clipnorm`.  A leaf with a NaN or an infinity passes unchanged, the
+    others are clipped; such a step is counted.
+
+    Args:
+        max_norm: c ≥ 0, a number, a traced value or a schedule.
+        axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> tx = clip_by_leaf_norm(1.0)
+        >>> updates = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([0.5])}
+        >>> tx.update(updates, tx.init(updates))[0]
+        {'a': Array([0.6, 0.8], dtype=float32), 'b': Array([0.5], dtype=float32)}
+
+    Reference:
+        Razvan Pascanu, Tomas Mikolov, Yoshua Bengio, On the Difficulty of Training
+        Recurrent Neural Networks, 2012, https://arxiv.org/abs/1211.5063
+    """
+    check.not_negative(max_norm=max_norm)
+    return clip_by(max_norm, scope=scopes.Leaf(), axis_name=axis_name)
 
 
 def clip_by_block_rms(
@@ -76,6 +84,7 @@ def clip_by_block_rms(
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> tx = clip_by_block_rms(1.0)
         >>> updates = {"a": jnp.array([1.0, 7.0]), "b": jnp.array([0.5])}
         >>> tx.update(updates, tx.init(updates))[0]
@@ -86,33 +95,64 @@ def clip_by_block_rms(
         Memory Cost, 2018, https://arxiv.org/abs/1804.04235
     """
     check.not_negative(threshold=threshold)
-
-    def init(params):
-        del params
-        return states.first()
-
-    def update(updates, state, params=None, **extra_args):
-        del params, extra_args
-        bound = trees.bound_at(threshold, state.step)
-        leaves = trees.floats(updates)
-        sizes = norms.leaf_norms(leaves, scaled=True, axis_name=axis_name)
-        rms = {p: _rms(sizes[p], x, axis_name) for p, x in leaves.items()}
-        factors = {p: shrink(size, bound) for p, size in rms.items()}
-        above = [exceeds(size, bound) for size in rms.values()]
-        new_state = states.after(
-            state,
-            norm=norms.global_norm(sizes, scaled=True),
-            clipped_norm=norms.global_norm(
-                {p: sizes[p] * factors[p] for p in sizes}, scaled=True
-            ),
-            threshold=bound,
-            clipped=jnp.any(jnp.stack(above)) if above else jnp.zeros([], bool),
-        )
-        return trees.map_by_path(trees.scale, updates, factors), new_state
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return clip_by(threshold, scope=scopes.Leaf(), norm=norms.rms, axis_name=axis_name)
 
 
-def _rms(norm: Float[Array, ""], leaf: Array, axis_name: AxisName) -> Float[Array, ""]:
-    entries = max(leaf.size, 1) * meshes.blocks(leaf, axis_name)
-    return norm / jnp.sqrt(jnp.asarray(entries, norm.dtype))
+def normalize_by_update_norm(
+    scale_factor: Number | Schedule = 1.0, *, axis_name: AxisName = None
+) -> optax.GradientTransformationExtraArgs:
+    """Scales every update to the same global norm.
+
+    u ← s · u / ‖u‖₂; a zero update stays zero
+
+    Takes the place of `optax.normalize_by_update_norm`, without the ε in its divisor
+    that halves an update of norm 10⁻⁶.  An update with a NaN or an infinity passes
+    unchanged and is counted.
+
+    Args:
+        scale_factor: s ≥ 0, a number, a traced value or a schedule.
+        axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> tx = normalize_by_update_norm(10.0)
+        >>> updates = {"a": jnp.array([3e-9, 4e-9])}
+        >>> tx.update(updates, tx.init(updates))[0]
+        {'a': Array([6., 8.], dtype=float32)}
+
+    Reference:
+        Elad Hazan, Kfir Y. Levy, Shai Shalev-Shwartz, Beyond Convexity: Stochastic
+        Quasi-Convex Optimization, 2015, https://arxiv.org/abs/1507.02030
+    """
+    check.not_negative(scale_factor=scale_factor)
+    return clip_by(scale_factor, response=responses.normalize, axis_name=axis_name)
+
+
+def smooth_clip(
+    max_norm: Number | Schedule, *, axis_name: AxisName = None
+) -> optax.GradientTransformationExtraArgs:
+    """Shrinks every update smoothly to a global norm below c.
+
+    u ← u / √(1 + ‖u‖₂²/c²): about u where it is small, of norm c where it is large
+
+    Without a corner at c, where a clip has one; every update is changed a little.  An
+    update with a NaN or an infinity passes unchanged and is counted.
+
+    Args:
+        max_norm: c ≥ 0, a number, a traced value or a schedule.
+        axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> tx = smooth_clip(4.0)
+        >>> updates = {"a": jnp.array([3.0, 0.0])}
+        >>> tx.update(updates, tx.init(updates))[0]
+        {'a': Array([2.4, 0. ], dtype=float32)}
+
+    Reference:
+        Shuhua Yu, Dusan Jakovetic, Soummya Kar, Smoothed Gradient Clipping and Error
+        Feedback for Distributed Optimization under Heavy-Tailed Noise, 2023,
+        https://arxiv.org/abs/2310.16920
+    """
+    check.not_negative(max_norm=max_norm)
+    return clip_by(max_norm, response=responses.smooth, axis_name=axis_name)

@@ -1,6 +1,7 @@
-"""Pictures of a training run."""
+"""Pictures of a training run, and of sides compared."""
 
 import io
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -10,6 +11,10 @@ from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 from .train import History
 
 _BLUE, _ORANGE, _RED, _GRAY = "tab:blue", "tab:orange", "tab:red", "silver"
+_SIDES = {"optax": _ORANGE, "clipjax": _BLUE}  # the same in every picture
+_OTHERS = ("tab:green", "tab:red", "tab:purple", "tab:brown", "tab:gray")
+
+Panels = Mapping[str, Mapping[str, Sequence[float] | np.ndarray]]
 
 
 def training(history: History, *, title: str = "") -> Figure:
@@ -37,11 +42,82 @@ def training(history: History, *, title: str = "") -> Figure:
     return figure
 
 
+def lines(
+    panels: Panels,
+    x: Sequence[float],
+    *,
+    title: str,
+    labels: tuple[str, str],
+    logs: str,
+) -> Figure:
+    """Draws curves against the same numbers, in panels beside each other.
+
+    Later curves are thinner, so that one that is covered can still be seen.  What is
+    infinite becomes a triangle at the top.
+
+    Args:
+        panels: by their title, the curves by their name.
+        x: what they are drawn against.
+        title: what the picture says.
+        labels: of the two axes.
+        logs: which axes are logarithmic: "x" and "y", or "%" for a y of plain numbers.
+    """
+    figure = Figure(figsize=(max(9, 3.6 * len(panels)), 4.2), layout="constrained")
+    figure.suptitle(title)
+    row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (name, curves) in zip(row, panels.items(), strict=True):
+        axes.set(title=name, xlabel=labels[0])
+        if "x" in logs:
+            axes.set_xscale("log")
+        if "y" in logs:
+            axes.set_yscale("log")
+        if "%" in logs:
+            _plain_log(axes)
+        for i, (side, values) in enumerate(curves.items()):
+            _line(axes, np.asarray(x), np.asarray(values), side, order=i)
+        axes.grid(alpha=0.3)
+    row[0].set_ylabel(labels[1])
+    handles, names = row[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right center", frameon=False)
+    return figure
+
+
+def bars(
+    groups: Mapping[str, Mapping[str, float]], *, title: str, label: str, unit: str
+) -> Figure:
+    """Draws bars to the right, grouped, with their numbers beside them.
+
+    Args:
+        groups: by their name, the numbers by the name of their side.
+        title: what the picture says.
+        label: of the axis.
+        unit: how a number is written, as in "{:.2f}".
+    """
+    sides = list(next(iter(groups.values())))
+    places, height = np.arange(len(groups)), 0.8 / len(sides)
+    figure = Figure(figsize=(8, 1.4 + 0.28 * len(groups) * len(sides)))
+    figure.set_layout_engine("constrained")
+    axes = figure.subplots()
+    for i, side in enumerate(sides):
+        values = [group[side] for group in groups.values()]
+        color = _SIDES.get(side, _OTHERS[i % len(_OTHERS)])
+        drawn = axes.barh(places + i * height, values, height * 0.9, color=color)
+        drawn.set_label(side)
+        axes.bar_label(drawn, [unit.format(v) for v in values], padding=3, fontsize=9)
+    axes.set_yticks(places + 0.4 - height / 2, groups)
+    axes.invert_yaxis()
+    axes.set(title=title, xlabel=label)
+    axes.margins(x=0.15)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right center", frameon=False)
+    return figure
+
+
 def png(figure: Figure) -> bytes:
     """The picture as a file.
 
     Args:
-        figure: what `training` drew.
+        figure: what was drawn.
     """
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
@@ -85,6 +161,21 @@ def _curve(axes: Axes, values: np.ndarray, *, label: str) -> None:
     label = label if width == 1 else f"{label} (mean of {width} steps)"
     axes.plot(middle, mean, color=_BLUE, label=label)
     axes.set_ylabel(label.partition(" (")[0])
+
+
+def _line(
+    axes: Axes, x: np.ndarray, values: np.ndarray, side: str, *, order: int
+) -> None:
+    color = _SIDES.get(side, _OTHERS[order % len(_OTHERS)])
+    shown = np.where(np.isfinite(values), values, np.nan)
+    mark = "o" if len(x) < 30 and np.ptp(values) > 0 else ""
+    width = max(4.5 - 1.5 * order, 1.5)
+    axes.plot(x, shown, color=color, marker=mark, linewidth=width, label=side)
+    for place in x[np.isinf(values)]:
+        top = axes.get_xaxis_transform()
+        axes.plot(place, 0.97, "^", color=color, markersize=10, transform=top)
+        offset = {"xytext": (-8, -4), "textcoords": "offset points", "ha": "right"}
+        axes.annotate("infinite", (place, 0.97), xycoords=top, color=color, **offset)
 
 
 def _plain_log(axes: Axes) -> None:

@@ -1,0 +1,32 @@
+"""Taking the step of an inner transform, or none at all.
+
+By `jax.lax.cond` and not by `jnp.where`, which would need memory for both states.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, PyTree
+
+
+def step_if(
+    condition: Bool[Array, ""],
+    update: Callable[[PyTree, Any], tuple[PyTree, Any]],
+    updates: PyTree,
+    inner_state: Any,
+) -> tuple[PyTree, Any]:
+    """Returns what `update` returns if the condition holds, else zeros and the state.
+
+    Zeros are of the dtype that `update` gives, which may not be that of `updates`.
+    """
+    kinds, _ = jax.eval_shape(update, updates, inner_state)
+
+    def rest():
+        def zero(x, kind):
+            return jnp.zeros_like(x, dtype=kind.dtype)
+
+        return jax.tree.map(zero, updates, kinds), inner_state
+
+    return jax.lax.cond(condition, lambda: update(updates, inner_state), rest)

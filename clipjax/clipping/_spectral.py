@@ -1,0 +1,232 @@
+"""Clipping the singular values of each matrix of the update."""
+
+import math
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jaxtyping import Array, Float
+
+from .. import _checks as check, _trees as trees, norms, scopes
+from .._types import Number, Schedule, Where
+from . import _state as states
+
+_UNITS = scopes.Unit()
+Response = Callable[[Float[Array, "..."], Float[Array, ""]], Float[Array, "..."]]
+
+
+def spectral_clip(
+    max_norm: Number | Schedule,
+    *,
+    scope: scopes.Unit = _UNITS,
+    where: Where | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Clips every singular value of every matrix to c.
+
+    U ← Σᵢ min(σᵢ, c)·pᵢ·qᵢᵀ, for U = Σᵢ σᵢ·pᵢ·qᵢᵀ
+
+    The nearest matrix of spectral norm c at most.  A matrix within its bound passes bit
+    for bit.  Scalars and vectors pass; a matrix with a NaN or an infinity passes
+    unchanged and the step is counted.
+
+    Computed in float32 from the eigenvalues of the smaller Gram matrix, m × m, in
+    O(m²·n), right to 10⁻⁴·c and to the rounding of the largest value; for every factor
+    of a hundred above 100·c, once more.  On a mesh the Gram matrix of a leaf that is
+    split is reduced over the devices: the one transform here whose exchange is not a
+    scalar.
+
+    Args:
+        max_norm: c ≥ 0, a number, a traced value or a schedule.
+        scope: which axes of a leaf are the rows of its matrix, `scopes.Unit`; all
+            others are its columns but for those that the scope calls stacked.
+        where: which leaves, by path and leaf; all of rank two or more by default.
+
+    Example:
+        >>> tx = spectral_clip(1.0)
+        >>> updates = {"kernel": jnp.array([[4.0, 0.0], [0.0, 0.5]])}
+        >>> jnp.round(tx.update(updates, tx.init(updates))[0]["kernel"], 5)
+        Array([[1. , 0. ],
+               [0. , 0.5]], dtype=float32)
+
+    Reference:
+        Alexander Yukhimchuk, Mladen Kolar, Martin Takáč, Sayantan Choudhury, Gradient
+        Clipping Beyond Vector Norms: A Spectral Approach for Matrix-Valued Parameters,
+        2026, https://arxiv.org/abs/2605.11838
+    """
+
+    def hard(values, bound):
+        return jnp.where(values > bound, bound / jnp.where(values > 0, values, 1), 1)
+
+    return _by_spectrum(max_norm, hard, scope, where)
+
+
+def spectra_clip(
+    max_norm: Number | Schedule = 1.0,
+    *,
+    scope: scopes.Unit = _UNITS,
+    where: Where | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Shrinks every singular value smoothly to below c (SPECTRA).
+
+    U ← (I + U·Uᵀ/c²)^(-1/2)·U: σ becomes σ/√(1 + σ²/c²)
+
+    Meant for the update, after the optimizer and with c times the learning rate as the
+    bound there.  Every matrix is changed a little; all else is as for `spectral_clip`.
+    The paper iterates in bfloat16; here the root is exact to float32.
+
+    Args:
+        max_norm: c > 0, a number, a traced value or a schedule.
+        scope: which axes of a leaf are the rows of its matrix, `scopes.Unit`.
+        where: which leaves, by path and leaf; all of rank two or more by default.
+
+    Example:
+        >>> tx = spectra_clip(4.0)
+        >>> updates = {"kernel": jnp.array([[3.0, 0.0], [0.0, 0.0]])}
+        >>> jnp.round(tx.update(updates, tx.init(updates))[0]["kernel"] * 10)
+        Array([[24.,  0.],
+               [ 0.,  0.]], dtype=float32)
+
+    Reference:
+        Xiaowen Jiang, Andrei Semenov, Sebastian U. Stich, Enhancing LLM Training via
+        Spectral Clipping, 2026, https://arxiv.org/abs/2603.14315
+    """
+
+    def soft(values, bound):
+        larger = jnp.maximum(jnp.maximum(values, bound), jnp.finfo(values.dtype).tiny)
+        own, share = bound / larger, values / larger
+        return own / jnp.sqrt(own**2 + share**2)
+
+    return _by_spectrum(max_norm, soft, scope, where)
+
+
+def _by_spectrum(
+    max_norm: Number | Schedule,
+    response: Response,
+    scope: scopes.Unit,
+    where: Where | None,
+) -> optax.GradientTransformationExtraArgs:
+    """Multiplies every singular value by what the response says of it."""
+    check.not_negative(max_norm=max_norm)
+    check.has_method("part", scope=scope)
+
+    def init(params):
+        del params
+        return states.first()
+
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        bound = trees.bound_at(max_norm, state.step)
+        leaves = trees.floats(updates)
+        found = leaves if params is None else trees.floats(params) | leaves
+        changed, touched = {}, [jnp.zeros([], bool)]
+        for path, leaf in leaves.items():
+            rows = scope.part(path, found).axes or ()
+            kept = scope.stacked_axes(path, leaf)
+            rank = leaf.ndim - len(kept)
+            if rank < 2 or len(rows) == rank or not leaf.size:
+                continue
+            if where is None or where(path, leaf):
+                columns = tuple(
+                    axis for axis in range(leaf.ndim) if axis not in (*rows, *kept)
+                )
+                changed[path], above = _clipped(
+                    leaf, kept, rows, columns, response, bound
+                )
+                touched.append(above)
+        result = trees.map_by_path(lambda _, new: new, updates, changed)
+        norm = norms.global_norm(updates, scaled=True)
+        new_state = states.after(
+            state,
+            norm=norm,
+            clipped_norm=norms.global_norm(result, scaled=True),
+            threshold=bound,
+            clipped=jnp.any(jnp.stack(touched)),
+        )
+        return result, new_state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _clipped(
+    leaf: Array,
+    kept: tuple[int, ...],
+    rows: tuple[int, ...],
+    columns: tuple[int, ...],
+    response: Response,
+    bound: Float[Array, ""],
+) -> tuple[Array, Array]:
+    """Returns a leaf of clipped matrices, and whether any of them has changed."""
+    order = (*kept, *rows, *columns)
+    turned = trees.wide(leaf).transpose(order)
+    height = math.prod(leaf.shape[axis] for axis in rows)
+    matrix = turned.reshape(*turned.shape[: len(kept)], height, -1)
+    wide = matrix.shape[-1] > height
+    matrix = matrix if wide else matrix.swapaxes(-1, -2)
+    known = jnp.all(jnp.isfinite(matrix), axis=(-1, -2), keepdims=True)
+    sane = jnp.where(known, matrix, 0)
+    bound = bound.astype(jnp.finfo(sane.dtype).dtype)
+    lowered, values, vectors = _lowered(sane, bound)
+    factors = response(values, bound)
+    result = jnp.where(bound > 0, _times(lowered, vectors, factors), 0)
+    above = jnp.any(factors < 1, axis=-1)[..., None, None] & known
+    result = jnp.where(above, result, matrix)
+    result = result if wide else result.swapaxes(-1, -2)
+    back = tuple(order.index(axis) for axis in range(leaf.ndim))
+    result = result.reshape(turned.shape).transpose(back)
+    return result.astype(leaf.dtype), jnp.any(above)
+
+
+def _lowered(matrix: Array, bound: Array) -> tuple[Array, Array, Array]:
+    """Returns matrices whose singular values are told apart at the bound, and these.
+
+    Squared, values below 3·10⁻⁴ of the largest are lost in its rounding.  So what is
+    far above the bound comes down first, by a hundred at a time.
+    """
+
+    def is_far(carry):
+        _, values, _ = carry
+        return (bound > 0) & jnp.any(values > 100 * bound)
+
+    def lower(carry):
+        matrix, values, vectors = carry
+        peak = jnp.max(values, axis=-1, keepdims=True)
+        limit = jnp.maximum(100 * bound, peak / 100)
+        far = values > limit
+        factors = jnp.where(far, limit, 1) / jnp.where(far, values, 1)
+        lower = _times(matrix, vectors, factors)
+        matrix = jnp.where(jnp.any(far, axis=-1)[..., None, None], lower, matrix)
+        return matrix, *_spectrum(matrix)
+
+    return lax.while_loop(is_far, lower, (matrix, *_spectrum(matrix)))
+
+
+def _spectrum(matrix: Array) -> tuple[Array, Array]:
+    """Returns singular values, and the vectors on the side of the rows."""
+    unit = _unit(matrix)
+    shrunk = matrix / unit.astype(matrix.dtype)  # no square leaves the range
+    gram = _matmul(shrunk, jnp.conj(shrunk).swapaxes(-1, -2))
+    squares, vectors = jnp.linalg.eigh(gram)
+    values = jnp.sqrt(jnp.maximum(squares, 0)) * unit[..., 0]
+    return jnp.minimum(values, jnp.finfo(values.dtype).max), vectors
+
+
+def _times(matrix: Array, vectors: Array, factors: Array) -> Array:
+    """Multiplies singular values: U - P·(1 - r)·Pᴴ·U changes only what has r < 1."""
+    unit = _unit(matrix).astype(matrix.dtype)
+    shrunk = matrix / unit
+    moved = vectors * (1 - factors).astype(vectors.dtype)[..., None, :]
+    part = _matmul(jnp.conj(vectors).swapaxes(-1, -2), shrunk)
+    return (shrunk - _matmul(moved, part)) * unit
+
+
+def _unit(matrix: Array) -> Array:
+    """Returns a power of two near the largest entry: to divide by it is exact."""
+    peak = jnp.max(jnp.abs(matrix), axis=(-1, -2), keepdims=True)
+    exponent = jnp.floor(jnp.log2(jnp.where(peak > 0, peak, 1)))
+    # Clamped, so that neither the unit nor its inverse is subnormal.
+    return jnp.exp2(jnp.clip(exponent, -100, 100))
+
+
+def _matmul(one: Array, other: Array) -> Array:
+    return jnp.matmul(one, other, precision=lax.Precision.HIGHEST)

@@ -1,0 +1,295 @@
+"""Gradients that no single example can dominate: clipped one by one, then averaged.
+
+The mean of a batch hides what an optimizer's clip would have to see, so this is no
+transform of updates but takes the place of `jax.value_and_grad`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Inexact, Int, PyTree
+
+from . import _checks as check, _meshes as meshes, _trees as trees, norms
+from ._types import AxisName, Number
+
+_MARGIN = 2.0**-20  # of the bound; float32 norms and products are off by some 2⁻²³
+
+
+class ClippedGrads(NamedTuple):
+    """What `clipped_value_and_grad` returns for a batch."""
+
+    value: Float[Array, ""]  # mean loss, in float32 or wider
+    grads: PyTree  # mean of the clipped gradients, with the noise
+    aux: PyTree  # what `fun` returned beside the loss, example by example
+    norms: Float[Array, " batch"]  # of each example's gradient, before the clip
+    clipped_examples: Int[Array, ""]  # how many norms were above the bound
+    nonfinite_examples: Int[Array, ""]  # how many were left out
+
+
+def clipped_value_and_grad(
+    fun: Callable[..., Any],
+    max_norm: Number,
+    *,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    microbatch: int | None = None,
+    noise_multiplier: Number = 0.0,
+    axis_name: AxisName = None,
+) -> Callable[..., ClippedGrads]:
+    """Clips the gradient of each example to norm c before the mean over the batch.
+
+    g = (Σᵢ gᵢ · min(1, c / ‖gᵢ‖₂) + σ·c·z) / B, z ~ N(0, 1), for B examples
+
+    Returns a function of the arguments of `fun`, which is written for one example:
+    arguments outside of `argnums` get a leading axis of examples.  It takes a `key=`
+    too, needed where there is noise.
+
+    No example adds more than c to the sum, whatever the dtype: norms, products and the
+    sum are float32 or wider, and examples are clipped to c·(1 - 2⁻²⁰), so that rounding
+    cannot cross c; one within that passes bit for bit.  To replace an example moves the
+    sum by 2c at most, to remove one by c, but for the rounding of the float32 sum.
+    Only the finished mean, noise and all, is rounded to the parameters' dtype: this may
+    exceed c by one part in 2⁸ (bfloat16) or 2¹¹ (float16).
+
+    An example whose gradient has a NaN, an infinity or a norm beyond the dtype adds
+    zeros, counts in B and in `nonfinite_examples`; its loss and `aux` are returned as
+    they are.  c = ∞ clips nothing, c = 0 gives zeros, and so do a traced c below zero
+    and NaN.
+
+    Inside `jax.shard_map`, where `jax.grad` alone would sum over the devices, the
+    gradients are those of the device's own examples, and so is the mean unless
+    `axis_name` is given.  Parameters have to be whole on each device there.
+
+    Args:
+        fun: from parameters and one example to a scalar loss, or to `(loss, aux)`.
+        max_norm: c ≥ 0, a number or a traced value.
+        argnums: which arguments are differentiated, static; all others are batched.
+        has_aux: whether `fun` returns more than the loss, static.
+        microbatch: examples whose gradients are held at once, static; the others wait.
+            `None` for all.  It need not divide the batch.  On a mesh, a multiple of the
+            devices that the batch is split over.
+        noise_multiplier: σ ≥ 0, a number or a traced value.  Only `grads` has the
+            noise: for differential privacy publish nothing else, and take σ from an
+            accountant.
+        axis_name: inside `jax.shard_map`, the mesh axes over which the batch is split.
+            `key` has to be the same on all devices.
+
+    Example:
+        >>> def loss(w, x):
+        ...     return jnp.sum(w * x)
+        >>> grad = jax.jit(clipped_value_and_grad(loss, 2.5))
+        >>> batch = jnp.array([[3.0, 4.0], [0.0, 1.0], [jnp.nan, 0.0], [0.5, 0.0]])
+        >>> out = grad(jnp.zeros(2), batch)
+        >>> out.grads.round(4)  # [1.5, 2], [0, 1], [0, 0] and [0.5, 0]
+        Array([0.5 , 0.75], dtype=float32)
+        >>> out.norms, int(out.clipped_examples), int(out.nonfinite_examples)
+        (Array([5. , 1. , nan, 0.5], dtype=float32), 1, 1)
+
+    Reference:
+        Martín Abadi et al., Deep Learning with Differential Privacy, 2016,
+        https://arxiv.org/abs/1607.00133
+    """
+    check.function(fun=fun)
+    _numbers(max_norm=max_norm, noise_multiplier=noise_multiplier)
+    if microbatch is not None:
+        check.whole(1, microbatch=microbatch)
+    fixed = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    for position in fixed:
+        check.whole(0, argnums=position)
+    is_noisy = not isinstance(noise_multiplier, int | float) or noise_multiplier != 0
+    slope = jax.value_and_grad(fun, fixed, has_aux=has_aux)
+
+    def clipped_grad(*args, key=None):
+        if is_noisy and key is None:
+            raise ValueError(
+                "key must be given where noise_multiplier is not 0, but is None. Pass"
+                " `key=jax.random.key(...)`, another one at each step."
+            )
+        batch = {i: arg for i, arg in enumerate(args) if i not in fixed}
+        size = _batch_size(batch)
+        params = _as_varied({i: args[i] for i in fixed}, batch)
+        bound = _bound(max_norm)
+
+        def one(*args):
+            result, grads = slope(*args)
+            value, aux = result if has_aux else (result, None)
+            grads, norm = _clip(grads, bound)
+            return grads, (trees.wide(value), aux, norm)
+
+        def total(part):
+            axes = [0 if i in part else None for i in range(len(args))]
+            whole = [(params | part)[i] for i in range(len(args))]
+            grads, others = jax.vmap(one, axes)(*whole)
+            return jax.tree.map(lambda x: jnp.sum(x, axis=0), grads), others
+
+        like = tuple(params[i] for i in fixed)
+        start = jax.tree.map(lambda x: meshes.zeros(trees.wide, x), like)
+        sums, others = _in_parts(total, start, batch, size, microbatch or size)
+        values, aux, sizes = others
+        finite = jnp.isfinite(sizes)
+        above = finite & (sizes > bound.astype(sizes.dtype))
+        sums, value, clipped, nonfinite = _over_devices(
+            (sums, jnp.sum(values), _count(above), _count(~finite)), axis_name
+        )
+        if key is not None and is_noisy:
+            sums = _noisy(sums, key, noise_multiplier, bound)
+        examples = float(size * _devices(axis_name))
+        grads = jax.tree.map(lambda s, x: _mean(s, examples, x), sums, like)
+        grads = grads[0] if isinstance(argnums, int) else grads
+        return ClippedGrads(value / examples, grads, aux, sizes, clipped, nonfinite)
+
+    return clipped_grad
+
+
+def _clip(grads: PyTree, bound: Float[Array, ""]) -> tuple[PyTree, Float[Array, ""]]:
+    """Returns one example's gradient, no longer than the bound, and its norm."""
+    norm = norms.global_norm(grads, scaled=True)
+    bound = bound.astype(norm.dtype)
+    within = bound * (1 - _MARGIN)
+    above = norm > within
+    length = jnp.where(above, norm, 1)  # never 0: a bound is 0 or more
+    keep = jnp.isfinite(norm) & (bound > 0)
+
+    def clip(x):
+        x = trees.wide(x)
+        # First to length 1, then to the bound: their quotient may be subnormal.
+        short = x / length.astype(x.dtype) * within.astype(x.dtype)
+        return jnp.where(keep, jnp.where(above, short, x), jnp.zeros_like(x))
+
+    return jax.tree.map(clip, grads), norm
+
+
+def _in_parts(
+    total: Callable[[PyTree], tuple[PyTree, PyTree]],
+    start: PyTree,
+    batch: PyTree,
+    size: int,
+    part: int,
+) -> tuple[PyTree, PyTree]:
+    """Sums over the batch part by part; what belongs to one example stays in order."""
+    if part >= size:
+        return total(batch)
+    steps, rest = divmod(size, part)
+    head = jax.tree.map(lambda x: x[: size - rest], batch) if rest else batch
+
+    def step(sums, examples):
+        more, others = total(examples)
+        return jax.tree.map(jnp.add, sums, more), others
+
+    sums, others = lax.scan(step, start, jax.tree.map(lambda x: _deal(x, steps), head))
+    others = jax.tree.map(_collect, others)
+    if not rest:
+        return sums, others
+    sums, last = step(sums, jax.tree.map(lambda x: x[size - rest :], batch))
+    return sums, jax.tree.map(lambda *x: jnp.concatenate(x), others, last)
+
+
+def _deal(x: Any, steps: int) -> Array:
+    """Deals examples out to the steps like cards: each device has some of each step."""
+    return jnp.swapaxes(jnp.reshape(x, (-1, steps, *jnp.shape(x)[1:])), 0, 1)
+
+
+def _collect(x: Array) -> Array:
+    """Puts what was dealt out back in order."""
+    return jnp.reshape(jnp.swapaxes(x, 0, 1), (-1, *x.shape[2:]))
+
+
+def _noisy(
+    sums: PyTree, key: Array, multiplier: Number, bound: Float[Array, ""]
+) -> PyTree:
+    """Adds N(0, (σ·c)²) to every real entry."""
+    multiplier = jnp.asarray(multiplier, bound.dtype)
+    # No noise is none also where nothing is clipped: 0·∞ would be NaN.
+    deviation = jnp.where(multiplier > 0, multiplier * bound, 0)
+
+    def add(x, key):
+        noise = jax.random.normal(key, x.shape, x.dtype)
+        # Normal complex numbers share a variance of 1 between their two parts.
+        noise = noise * 2**0.5 if jnp.iscomplexobj(x) else noise
+        return x + noise * deviation.astype(x.dtype)
+
+    leaves, structure = jax.tree.flatten(sums)
+    keys = jax.random.split(key, max(len(leaves), 1))
+    return structure.unflatten(map(add, leaves, keys[: len(leaves)]))
+
+
+def _as_varied(params: PyTree, batch: PyTree) -> PyTree:
+    """Lets parameters differ from device to device as the examples do.
+
+    The gradient of a parameter that is the same on all devices of a `jax.shard_map`
+    is the sum over them: no longer that of one example.
+    """
+    leaves = jax.tree.leaves(batch)
+    axes = {name for x in leaves for name in meshes.axes_of(x, _manual_axes(x))}
+
+    def vary(x):
+        known = meshes.axes_of(x, tuple(axes))
+        missing = tuple(sorted(axes - set(known)))
+        if not missing:
+            return x
+        if hasattr(lax, "pcast"):
+            return lax.pcast(x, missing, to="varying")
+        return lax.pvary(x, missing)  # pyright: ignore  # JAX before 0.9 has this name
+
+    return jax.tree.map(vary, params)
+
+
+def _manual_axes(x: Array) -> tuple[str, ...]:
+    """Returns the mesh axes over which `jax.shard_map` runs."""
+    mesh = jax.typeof(x).sharding.mesh
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    manual = jax.sharding.AxisType.Manual
+    return tuple(name for name, kind in kinds if kind == manual)
+
+
+def _over_devices(tree: PyTree, axis_name: AxisName) -> PyTree:
+    return lax.psum(tree, axis_name) if axis_name else tree
+
+
+def _devices(axis_name: AxisName) -> int:
+    names = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
+    return math.prod(lax.axis_size(name) for name in names)
+
+
+def _mean(total: Array, examples: float, param: Any) -> Inexact[Array, "..."]:
+    return (total / examples).astype(jnp.result_type(param))
+
+
+def _count(which: Bool[Array, " batch"]) -> Int[Array, ""]:
+    return jnp.sum(which, dtype=jnp.int32)
+
+
+def _bound(max_norm: Number) -> Float[Array, ""]:
+    """Returns the bound in float32 or wider: 0 for one below, and for NaN."""
+    bound = trees.wide(jnp.asarray(max_norm))
+    return jnp.where(bound > 0, bound, 0)
+
+
+def _batch_size(batch: dict[int, PyTree]) -> int:
+    """Returns how many examples there are; raises unless all arguments agree."""
+    sizes = {
+        i: {jnp.shape(x)[0] if jnp.ndim(x) else None for x in jax.tree.leaves(arg)}
+        for i, arg in batch.items()
+    }
+    found = set().union(*sizes.values())
+    if len(found) == 1 and (size := found.pop()):
+        return size
+    raise ValueError(
+        "All arguments but those of argnums need the same leading axis of at least one"
+        f" example, but have {sizes} by position. Give what is not batched to `fun`"
+        " itself, with `functools.partial`."
+    )
+
+
+def _numbers(**values: Any) -> None:
+    for name, value in values.items():
+        if callable(value):
+            raise TypeError(
+                f"{name} must be a number or a traced value, but is {value!r}. Call"
+                " the schedule yourself, inside the compiled step."
+            )
+    check.not_negative(**values)
