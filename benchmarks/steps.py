@@ -103,9 +103,10 @@ def sparse():
     }
 
 
-def program(tx):
+def program(tx, blocks=1):
     """Returns the temporary memory in bytes and the reads of the gradients."""
-    params, grads = tree(jax.random.key(0), 0.02), tree(jax.random.key(1), 0.01)
+    params = tree(jax.random.key(0), 0.02, blocks)
+    grads = tree(jax.random.key(1), 0.01, blocks)
     compiled = jax.jit(tx.update).lower(grads, tx.init(params), params).compile()
     entry = compiled.as_text().split("ENTRY", 1)[1].splitlines()
     read = 0
@@ -140,7 +141,10 @@ def table(*, rounds=25, blocks=1):
             sides | {"adam": Side(adam, 4, blocks)}, rounds=rounds
         )
         middle = {side: statistics.median(t) / 4 for side, t in times.items()}
-        (memory, reads), (memory_2, reads_2) = program(ours), program(peer)
+        (memory, reads), (memory_2, reads_2) = (
+            program(ours, blocks),
+            program(peer, blocks),
+        )
         lines.append(
             f"| `{name}` | {middle['ours']:.2f} | {middle['peer']:.2f} |"
             f" {timing.ratio(times, 'ours', 'peer'):.3f} | {bound} |"

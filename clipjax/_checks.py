@@ -35,6 +35,15 @@ def between(low: int | float, high: int | float, /, **values: Any) -> None:
             )
 
 
+def below_one(**values: Any) -> None:
+    """Raises unless every value lies in [0, 1)."""
+    for name, value in _concrete(values):
+        if not 0 <= value < 1:
+            raise ValueError(
+                f"{name} must be at least 0 and below 1, but is {value!r}."
+            )
+
+
 def at_least(low: int | float, /, **values: Any) -> None:
     """Raises unless every value is `low` or more."""
     for name, value in _concrete(values):

@@ -87,12 +87,14 @@ def scale_inward(leaf: Any, factor: Float[Array, "..."]) -> Any:
     lower = jnp.where(factor < 1, factor * (1 - 2**-20), factor)
     product = wide(leaf)
     product = product * lower.astype(product.dtype)
-    if jnp.iscomplexobj(product):
+    if product.dtype == jnp.result_type(leaf) or jnp.iscomplexobj(product):
         return product.astype(jnp.result_type(leaf))
     rounded = product.astype(jnp.result_type(leaf))
-    inward = jnp.nextafter(rounded, jnp.zeros_like(rounded))
+    held = jax.lax.stop_gradient(rounded)  # `nextafter` has no derivative
+    inward = jnp.nextafter(held, jnp.zeros_like(held))
     outside = jnp.abs(rounded.astype(product.dtype)) > jnp.abs(product)
-    return jnp.where(outside, inward, rounded)
+    step = jnp.where(outside, inward - held, 0)
+    return rounded + jax.lax.stop_gradient(step)
 
 
 def scale_all(tree: PyTree, factor: Float[Array, ""]) -> PyTree:

@@ -67,7 +67,8 @@ def smooth(
     larger = jnp.where(larger > 0, larger, 1)
     # T / √(T² + n²), both divided by the larger: no square leaves the range.
     share, own = norm / larger, bound / larger
-    return jnp.where(known, own, 1) / jnp.where(known, jnp.sqrt(own**2 + share**2), 1)
+    root = jnp.sqrt(own**2 + share**2)  # zero only where both are
+    return jnp.where(known, own, 1) / jnp.where(known & (root > 0), root, 1)
 
 
 def normalize(
@@ -83,7 +84,10 @@ def normalize(
     """
     known, norm, bound = _sane(norm, threshold)
     usable = norm > 0
-    return jnp.where(known, jnp.where(usable, bound, 0), 1) / jnp.where(usable, norm, 1)
+    ratio = jnp.where(known, jnp.where(usable, bound, 0), 1) / jnp.where(
+        usable, norm, 1
+    )
+    return jnp.minimum(ratio, jnp.finfo(norm.dtype).max)
 
 
 def floor(
@@ -99,7 +103,8 @@ def floor(
     """
     known, norm, bound = _sane(norm, threshold)
     raised = known & (norm > 0) & (norm < bound) & jnp.isfinite(threshold)
-    return jnp.where(raised, bound, 1) / jnp.where(raised, norm, 1)
+    ratio = jnp.where(raised, bound, 1) / jnp.where(raised, norm, 1)
+    return jnp.minimum(ratio, jnp.finfo(norm.dtype).max)
 
 
 def zero(
@@ -107,13 +112,14 @@ def zero(
 ) -> Float[Array, "..."]:
     """Drops what is above the threshold.
 
-    r = 0 for n > T, and 1 else.
+    r = 0 for n > T, and 1 else; one for a norm that is not finite.
 
     Example:
         >>> zero(jnp.array([4.0, 2.0]), jnp.array(2.0))
         Array([0., 1.], dtype=float32)
     """
-    return jnp.where(norm > threshold.astype(norm.dtype), 0, 1).astype(norm.dtype)
+    above = jnp.isfinite(norm) & (norm > threshold.astype(norm.dtype))
+    return jnp.where(above, 0, 1).astype(norm.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -214,13 +214,16 @@ class Unit:
         """Says what the leaf at `path` is measured with."""
         leaf = leaves[path]
         axis = self.axis(path, leaf) if callable(self.axis) else self.axis
-        if axis is not None:
-            return Part(path, _positive(axis, path, leaf), path)
         kept = self.stacked_axes(path, leaf)
+        if axis is not None:
+            named = _positive(axis, path, leaf)
+            return Part(path, tuple(a for a in named if a not in kept), path)
         rest = [i for i in range(leaf.ndim) if i not in kept]
         bias: Shaped | None = bias_of(path, leaves)
         if isinstance(bias, Array) and kept:
-            stacks = _axes_of(self.stacked, path.rpartition("/")[0] + "/bias", bias)
+            stacks = _axes_of(
+                self.stacked, "".join(path.rpartition("/")[:2]) + "bias", bias
+            )
             bias = _one_layer(bias, stacks)
         own = unit_axes(path, _one_layer(leaf, kept), bias)
         return Part(path, tuple(rest[i] for i in own), path)

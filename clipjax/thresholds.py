@@ -323,7 +323,7 @@ class MovingDeviation:
     def __post_init__(self):
         """Checks the arguments."""
         check.positive(deviations=self.deviations, factor=self.factor)
-        check.between(0, 1, decay=self.decay)
+        check.below_one(decay=self.decay)
         check.function(target=self.target, feed=self.feed)
         check.whole(1, warmup=self.warmup)
 
@@ -393,7 +393,7 @@ class MovingMean:
     def __post_init__(self):
         """Checks the arguments."""
         check.positive(factor=self.factor)
-        check.between(0, 1, decay=self.decay)
+        check.below_one(decay=self.decay)
         check.function(feed=self.feed)
         check.whole(0, warmup=self.warmup)
 
@@ -443,7 +443,7 @@ class MovingRatio:
 
     def __post_init__(self):
         """Checks the arguments."""
-        check.between(0, 1, mean_decay=self.mean_decay, square_decay=self.square_decay)
+        check.below_one(mean_decay=self.mean_decay, square_decay=self.square_decay)
 
     def empty(self, norm: Norms) -> Moments:
         """Returns averages of nothing."""
@@ -495,7 +495,7 @@ class MovingPeak:
 
     def __post_init__(self):
         """Checks the arguments."""
-        check.between(0, 1, decay=self.decay)
+        check.below_one(decay=self.decay)
 
     def empty(self, norm: Norms) -> Moments:
         """Returns an average of nothing."""
@@ -544,7 +544,7 @@ class MovingSquare:
     def __post_init__(self):
         """Checks the arguments."""
         check.positive(factor=self.factor)
-        check.between(0, 1, decay=self.decay)
+        check.below_one(decay=self.decay)
         check.function(feed=self.feed)
         check.whole(0, warmup=self.warmup)
 
@@ -556,7 +556,8 @@ class MovingSquare:
         """Returns the threshold for the next norm."""
         variance = memory.norm_variance
         bound = jnp.sqrt(_as(self.factor, variance)) * jnp.sqrt(variance)
-        return jnp.where(memory.norms_seen >= self.warmup, bound, jnp.inf)
+        known = (memory.norms_seen >= self.warmup) & (variance > 0)
+        return jnp.where(known, bound, jnp.inf)
 
     def remember(
         self, memory: Moments, norm: Norms, threshold: Norms, clipped_norm: Norms
@@ -622,7 +623,7 @@ class Lowest:
     """The lowest of several thresholds.
 
     Args:
-        rules: with a history each, or numbers.
+        rules: with a history each, or numbers; in `clip_by`, or schedules.
 
     Example:
         >>> rule = Lowest((WindowedQuantile(window=2), 3.0))
@@ -682,8 +683,14 @@ def at_step(rule: Any, step: int | Int[Array, ""]) -> Any:
         if callable(value) and not field.metadata.get("static"):
             changes[field.name] = value(step)
         if isinstance(value, tuple):
-            changes[field.name] = tuple(at_step(part, step) for part in value)
+            changes[field.name] = tuple(_part_at(part, step) for part in value)
     return dataclasses.replace(rule, **changes)
+
+
+def _part_at(part: Any, step: int | Int[Array, ""]) -> Any:
+    if dataclasses.is_dataclass(part) or not callable(part):
+        return at_step(part, step)
+    return part(step)
 
 
 def _as(number: Any, like: Array) -> Array:
@@ -707,7 +714,8 @@ def _one_more(seen: Int[Array, "..."]) -> Int[Array, "..."]:
 
 
 def _repeated(norm: Norms, window: int) -> Float[Array, "..."]:
-    return jnp.stack([_zeros(norm)] * window, axis=-1)
+    zeros = _zeros(norm)
+    return jnp.broadcast_to(zeros[..., None], (*zeros.shape, window))
 
 
 def _push(history: Float[Array, "..."], norm: Norms) -> Float[Array, "..."]:

@@ -2,14 +2,16 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import P
 
+import clipjax
 from clipjax import clip_by, norms, responses, scopes, thresholds
-from helpers import assert_same, normal
+from helpers import assert_same, normal, x64
 
 SHAPES = {
     "dense": {"kernel": (6, 4), "bias": (4,)},
@@ -112,10 +114,6 @@ def shrink(n, t):
 RESPONSES = {  # the response, and what becomes of u with norm n at threshold t
     "scale": (responses.scale, lambda u, n, t: u * shrink(n, t)),
     "clamp": (responses.clamp, lambda u, n, t: np.clip(u, -t, t)),
-    "lower_peaks": (
-        responses.lower_peaks,
-        lambda u, n, t: np.where(abs(u) > t, u * shrink(n, t), u),
-    ),
     "smooth": (responses.smooth, lambda u, n, t: u / np.sqrt(1 + (n / t) ** 2)),
     "normalize": (responses.normalize, lambda u, n, t: u * t / n),
     "floor": (responses.floor, lambda u, n, t: u * np.maximum(1, t / n)),
@@ -622,3 +620,62 @@ def test_what_does_not_fit_is_refused():
         first(clip_by(1.0, scope=scopes.Layer(0)), updates)
     with pytest.raises(ValueError, match=r"names \['a'\], but there is a part 'b'"):
         first(clip_by({"a": 1.0}, scope=scopes.Leaf()), updates)
+
+
+def test_lower_peaks_goes_by_the_largest_entry():
+    with pytest.raises(ValueError, match=r"needs norm=norms\.inf_norm"):
+        clipjax.clip_by(1.0, response=responses.lower_peaks)
+    tx = clipjax.clip_by(
+        2.0, norm=clipjax.norms.inf_norm, response=responses.lower_peaks
+    )
+    updates = {"w": jnp.array([8.0, -4.0, 1.0])}
+    out, state = tx.update(updates, tx.init(updates))
+    np.testing.assert_allclose(out["w"], [2.0, -1.0, 1.0], rtol=1e-6)
+    assert state.clip.clipped_steps == 1
+
+
+def test_a_clamp_counts_what_it_changed():
+    tx = clipjax.clip_by(5.0, response=responses.clamp)
+    updates = {"w": jnp.array([4.0, 4.0])}
+    _, state = tx.update(updates, tx.init(updates))
+    assert state.clip.clipped_steps == 0
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_dropping_lets_what_is_not_finite_pass(bad):
+    tx = clipjax.clip_by(1.0, response=responses.zero)
+    out, _ = tx.update({"w": jnp.array([bad, 1.0])}, tx.init({"w": jnp.ones(2)}))
+    np.testing.assert_array_equal(out["w"], [bad, 1.0])
+
+
+def test_a_bound_of_zero_and_tiny_norms():
+    smooth, whole = clipjax.smooth_clip(0.0), clipjax.normalize_by_update_norm(10.0)
+    zeros, tiny = {"w": jnp.zeros(2)}, {"w": jnp.full(2, 1.2e-38)}
+    assert (smooth.update(zeros, smooth.init(zeros))[0]["w"] == 0).all()
+    assert jnp.isfinite(whole.update(tiny, whole.init(tiny))[0]["w"]).all()
+
+
+def test_histories_stay_finite_beyond_float32():
+    with x64():
+        updates = {"w": jnp.full(3, 1e100)}
+        for tx in (clipjax.autoclip(window=4), clipjax.adaptive_clip()):
+            _, state = tx.update(updates, tx.init(updates))
+            chex.assert_tree_all_finite(state)
+
+
+def test_a_bound_among_rules_may_follow_a_schedule():
+    tx = clipjax.zclip(max_norm=lambda step: 1.0 + step.astype(jnp.float32))
+    updates = {"w": jnp.array([9.0])}
+    first, state = tx.update(updates, tx.init(updates))
+    second, _ = tx.update(updates, state)
+    np.testing.assert_allclose([first["w"][0], second["w"][0]], [1.0, 2.0], rtol=1e-6)
+
+
+def test_strict_has_a_gradient():
+    tx = clipjax.clip_by(1.0, strict=True)
+
+    def total(u):
+        return tx.update({"w": u}, tx.init({"w": u}))[0]["w"].astype(jnp.float32).sum()
+
+    for dtype in ("float32", "bfloat16"):
+        assert jnp.isfinite(jax.grad(total)(jnp.ones(4, dtype))).all()

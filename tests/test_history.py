@@ -557,7 +557,7 @@ def test_what_cannot_be_right_is_refused():
         (ValueError, "factor must be pos", lambda: clipjax.adagc(0.0)),
         (ValueError, "max_norm must be pos", lambda: clipjax.adagc(max_norm=-1.0)),
         (ValueError, "warmup must be at least 1", lambda: clipjax.adagc(warmup=0)),
-        (ValueError, "decay must lie", lambda: clipjax.adagc(decay=1.5)),
+        (ValueError, "decay must be at least 0", lambda: clipjax.adagc(decay=1.5)),
         (ValueError, "least must lie", lambda: clipjax.aggc(label, least=2.0)),
         (ValueError, "most must be at least", lambda: clipjax.aggc(label, most=0.5)),
         (
@@ -566,8 +566,19 @@ def test_what_cannot_be_right_is_refused():
             lambda: clipjax.clip_by_moving_sigma(window=8, warmup=9),
         ),
         (ValueError, "factor must be pos", lambda: clipjax.spam_clip(-1.0)),
-        (ValueError, "decay must lie", lambda: clipjax.stable_spam_clip(1.1)),
+        (ValueError, "decay must be at least 0", lambda: clipjax.stable_spam_clip(1.1)),
         (ValueError, "mean_decay must", lambda: clipjax.gradient_stabilizer(-0.1)),
     ]:
         with pytest.raises(error, match=message):
             make()
+
+
+def test_an_entry_that_wakes_late_may_move():
+    """An embedding row that was not used while the mean square warmed up."""
+    tx = clipjax.spam_clip(warmup=2)
+    state = tx.init({"w": jnp.zeros(2)})
+    for _ in range(4):
+        _, state = tx.update({"w": jnp.array([1.0, 0.0])}, state)
+    out, state = tx.update({"w": jnp.array([1.0, 1.0])}, state)
+    np.testing.assert_array_equal(out["w"], [1.0, 1.0])
+    assert state.threshold_memory["w"].norm_variance[1] > 0

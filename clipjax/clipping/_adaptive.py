@@ -138,16 +138,19 @@ def adaptive_clip(
             Winsorized(trees.value_at(growth, step)),
             window,
         )
+        most_norm = jnp.finfo(jnp.float32).max
         norm = units.clipped_norm
+        single = jnp.where(jnp.isfinite(norm), jnp.minimum(norm, most_norm), norm)
+        single = single.astype(jnp.float32)
         bound = jnp.where(
             state.norm_history[0] < 0,  # nothing is remembered
             trees.value_at(start, step) * units.param_norm,
-            rule.threshold(state.norm_history, norm.astype(jnp.float32)),
+            rule.threshold(state.norm_history, single),
         )
         scale = responses.scale(norm, bound)
         known = jnp.isfinite(norm)
         longer = rule.remember(
-            state.norm_history, norm.astype(jnp.float32), bound, norm * scale
+            state.norm_history, single, bound, single * scale.astype(jnp.float32)
         )
         new_state = AdaptiveClipState(
             states.after(
@@ -182,7 +185,7 @@ def _units(
     if params is None:
         norm = norms.global_norm(leaves, scaled=True, axis_name=axis_name)
         ones = {path: jnp.ones([], norm.dtype) for path in leaves}
-        return _Units(norm, norm, ones, jnp.zeros([], bool), jnp.asarray(jnp.inf))
+        return _Units(norm, norm, ones, jnp.zeros([], bool), jnp.float32(jnp.inf))
     found = trees.floats(params)
     for path, leaf in leaves.items():
         check.same_shape("adaptive_clip", path, leaf, found.get(path))
@@ -202,7 +205,8 @@ def _units(
     for path, size in sizes.items():
         root = jnp.sqrt(jnp.asarray(counted[path], jnp.float32)).astype(size.dtype)
         least = jnp.maximum(_LEAST_SHARE * mean.astype(size.dtype) * root, 1e-3)
-        bound = ratio.astype(size.dtype) * jnp.maximum(relative[path], least)
+        own_norm = relative[path].astype(size.dtype)
+        bound = ratio.astype(size.dtype) * jnp.maximum(own_norm, least)
         factors[path] = responses.scale(size, jnp.where(known, bound, jnp.inf))
     after = {path: sizes[path] * factors[path] for path in sizes}
     above = [factor != 1 for factor in factors.values()]

@@ -55,10 +55,10 @@ def clip_by(
     u ← u · r(n, T), for each part u of the scope, with its norm n and its threshold T
 
     Every clip of this library is a few lines on this one.  What is within its bound
-    passes bit for bit, and a second clip changes nothing that the first has changed but
-    by rounding.  Norms, thresholds and factors are float32 or wider; an entry is
-    rounded once, to its own dtype.  Nothing is remembered of a step with a NaN or an
-    infinity anywhere, nor of a part whose norm is zero.
+    passes bit for bit, and clipping twice is clipping once, up to rounding.  Norms,
+    thresholds and factors are float32 or wider; an entry is rounded once, to its own
+    dtype.  Nothing is remembered of a step with a NaN or an infinity anywhere, nor of a
+    part whose norm is zero.
 
     Args:
         threshold: T ≥ 0: a number, a traced value, a schedule; `thresholds.Relative`,
@@ -184,6 +184,10 @@ def named(
 
         changed = trees.map_by_path(respond, updates, parts)
         every = {key: _times(factor, before) for key, factor in factors.items()}
+        touched = [factor != 1 for factor in every.values()]
+        if isinstance(response, Entrywise):
+            old, new = trees.floats(updates), trees.floats(changed)
+            touched = [old[path] != new[path] for path in parts]
         if isinstance(response, Entrywise) or len(set(pools.values())) < len(pools):
             outgoing = {p: x for p, x in trees.floats(changed).items() if p in parts}
             after = parts_of.measure(outgoing, parts, kind, names)
@@ -194,7 +198,7 @@ def named(
             norm=whole,
             clipped_norm=parts_of.total(after, kind, over),
             threshold=_shown(threshold, bounds, step, over),
-            clipped=parts_of.anywhere([f != 1 for f in every.values()], over),
+            clipped=parts_of.anywhere(touched, over),
         )
         return changed, ClipByState(new_state, memory)
 
@@ -254,8 +258,15 @@ def _bound(
     if isinstance(rule, Relative):
         return rule.of(jnp.zeros_like(size) if relative is None else relative)
     if isinstance(rule, History):
-        return rule.threshold(memory, size.astype(jnp.float32))
+        return rule.threshold(memory, _single(size))
     return trees.bound_at(rule, step)
+
+
+def _single(size: Array) -> Array:
+    """Casts to float32, in which a float64 may be too large to be finite."""
+    most = jnp.asarray(jnp.finfo(jnp.float32).max, size.dtype)
+    known = jnp.isfinite(size)
+    return jnp.where(known, jnp.minimum(size, most), size).astype(jnp.float32)
 
 
 def _remembered(
@@ -266,7 +277,7 @@ def _remembered(
     axis_name: AxisName,
 ) -> PyTree:
     """Returns the memory after a norm, its threshold and the norm that came out."""
-    new = rule.remember(memory, *(x.astype(jnp.float32) for x in sees))
+    new = rule.remember(memory, *(_single(x) for x in sees))
 
     def keep(new, old):
         if new.ndim < tells.ndim:  # one for all parts of a leaf
@@ -296,6 +307,16 @@ def _check(threshold, scope, norm, response, nonfinite, ceiling) -> None:
         if not isinstance(rule, Relative | History):
             check.not_negative(threshold=rule)
     check.has_method("part", scope=scope)
+    if response is responses.lower_peaks and norm is not norms.inf_norm:
+        raise ValueError(
+            "response=responses.lower_peaks goes by the largest entry and needs"
+            " norm=norms.inf_norm."
+        )
+    for rule in _rules(threshold):
+        if isinstance(rule, type):
+            raise TypeError(
+                f"threshold must be a value, but is the class {rule.__name__}. Call it."
+            )
     check.function(norm=norm, response=response, nonfinite=nonfinite)
     if norm not in _NORMS:
         raise ValueError(

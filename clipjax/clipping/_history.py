@@ -136,7 +136,7 @@ def zclip(
     deviations: Number | Schedule = 2.5,
     *,
     decay: Number | Schedule = 0.97,
-    max_norm: Number = 1.0,
+    max_norm: Number | Schedule = 1.0,
     target: Callable = thresholds.reciprocal,
     factor: Number | Schedule = 1.0,
     skip: bool = False,
@@ -233,7 +233,7 @@ def adagc(
 def aggc(
     label: Callable[[str, Array], str],
     *,
-    low: Number = 0.65,
+    low: Number | Schedule = 0.65,
     high: Number | Schedule = 0.965,
     decay: Number | Schedule = 0.97,
     least: Number = 0.9,
@@ -251,9 +251,9 @@ def aggc(
     Args:
         label: from path and leaf to the name of the group.
         low: α₀ in [0, α₁], the lower end of the band; without effect where `most` is 1.
-        high: α₁ > 0, its upper end, a number, a traced value or a schedule.
+        high: α₁ > 0, its upper end; both numbers, traced values or schedules.
         decay: d in [0, 1).
-        least: rₗ in [0, 1], the smallest factor.
+        least: rₗ in (0, 1], the smallest factor.
         most: rₕ ≥ 1, the largest; above 1, a small norm is raised.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
@@ -268,10 +268,11 @@ def aggc(
         Stabilizing Large Language Model Training, 2026,
         https://arxiv.org/abs/2601.11864
     """
-    check.positive(low=low, high=high)
+    check.not_negative(low=low)
+    check.positive(high=high, least=least)
 
     def share(step):
-        return jnp.minimum(jnp.asarray(low) / trees.value_at(high, step), 1)
+        return jnp.minimum(trees.value_at(low, step) / trees.value_at(high, step), 1)
 
     return clip_by(
         thresholds.MovingMean(high, decay, thresholds.clipped, 0),
@@ -334,7 +335,8 @@ def spam_clip(
     needs no Adam.  v is not debiased, as in the paper: an entry may be 10 times its
     root mean square at step 20 and 70 times later.  So a 10x spike passes whole, and
     one of 1000x comes out at 37 times the level after 300 steps.
-    An entry that is zero, as in the unused rows of an embedding, leaves its v as it is.
+    An entry that is zero, as in the unused rows of an embedding, leaves its v as it is,
+    and one that was never anything else has no bound yet.
     The paper's other half is `reset_moments`.
 
     Args:

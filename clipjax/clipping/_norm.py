@@ -1,5 +1,6 @@
 """Clipping by a fixed norm: of the whole tree, or of each leaf."""
 
+import jax.numpy as jnp
 import optax
 
 from .. import _checks as check, norms, responses, scopes
@@ -25,7 +26,6 @@ def clip_by_global_norm(
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> import jax.numpy as jnp
         >>> tx = clip_by_global_norm(1.0)
         >>> updates = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
         >>> tx.update(updates, tx.init(updates))[0]
@@ -54,7 +54,6 @@ def clip_by_leaf_norm(
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> import jax.numpy as jnp
         >>> tx = clip_by_leaf_norm(1.0)
         >>> updates = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([0.5])}
         >>> tx.update(updates, tx.init(updates))[0]
@@ -84,7 +83,6 @@ def clip_by_block_rms(
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> import jax.numpy as jnp
         >>> tx = clip_by_block_rms(1.0)
         >>> updates = {"a": jnp.array([1.0, 7.0]), "b": jnp.array([0.5])}
         >>> tx.update(updates, tx.init(updates))[0]
@@ -99,22 +97,25 @@ def clip_by_block_rms(
 
 
 def normalize_by_update_norm(
-    scale_factor: Number | Schedule = 1.0, *, axis_name: AxisName = None
+    scale_factor: Number | Schedule = 1.0,
+    eps: Number = 0.0,
+    *,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scales every update to the same global norm.
 
-    u ← s · u / ‖u‖₂; a zero update stays zero
+    u ← s · u / (‖u‖₂ + ε); a zero update stays zero
 
-    Takes the place of `optax.normalize_by_update_norm`, without the ε in its divisor
-    that halves an update of norm 10⁻⁶.  An update with a NaN or an infinity passes
+    Takes the place of `optax.normalize_by_update_norm`, whose ε of 10⁻⁶ halves an
+    update of that norm.  An update with a NaN or an infinity passes
     unchanged and is counted.
 
     Args:
         scale_factor: s ≥ 0, a number, a traced value or a schedule.
+        eps: ε ≥ 0, below which updates are left small.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> import jax.numpy as jnp
         >>> tx = normalize_by_update_norm(10.0)
         >>> updates = {"a": jnp.array([3e-9, 4e-9])}
         >>> tx.update(updates, tx.init(updates))[0]
@@ -124,8 +125,14 @@ def normalize_by_update_norm(
         Elad Hazan, Kfir Y. Levy, Shai Shalev-Shwartz, Beyond Convexity: Stochastic
         Quasi-Convex Optimization, 2015, https://arxiv.org/abs/1507.02030
     """
-    check.not_negative(scale_factor=scale_factor)
-    return clip_by(scale_factor, response=responses.normalize, axis_name=axis_name)
+    check.not_negative(scale_factor=scale_factor, eps=eps)
+
+    def response(norm, threshold):
+        lowered = norm / (norm + jnp.asarray(eps, norm.dtype))
+        whole = responses.normalize(norm, threshold)
+        return whole * jnp.where(norm > 0, lowered, 1)
+
+    return clip_by(scale_factor, response=response, axis_name=axis_name)
 
 
 def smooth_clip(
@@ -143,7 +150,6 @@ def smooth_clip(
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> import jax.numpy as jnp
         >>> tx = smooth_clip(4.0)
         >>> updates = {"a": jnp.array([3.0, 0.0])}
         >>> tx.update(updates, tx.init(updates))[0]

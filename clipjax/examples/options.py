@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
 MODELS = ["cnn", "lenet-300-100", "lenet-5", "transformer"]
-RATES = {"adam": 4e-3, "adamw": 4e-3, "lion": 3e-4, "sgd": 0.1}
+RATES = {"adam": 2e-3, "adamw": 2e-3, "lion": 3e-4, "sgd": 0.1}
 
 _N = TypeVar("_N", int, float)
 _ABOUT_TRAIN = """\
