@@ -114,6 +114,12 @@ def bound_at(number: Number | Schedule, step: Int[Array, ""]) -> Float[Array, ""
     return value if value.dtype == jnp.float64 else value.astype(jnp.float32)
 
 
+def single(norm: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Casts to float32, in which a float64 may be too large to be finite."""
+    most = jnp.asarray(jnp.finfo(jnp.float32).max, norm.dtype)
+    return jnp.where(norm < jnp.inf, jnp.minimum(norm, most), norm).astype(jnp.float32)
+
+
 def next_step(step: Int[Array, ""]) -> Int[Array, ""]:
     """Adds one, and stays at the last int32 rather than turn negative."""
     last = jnp.iinfo(jnp.int32).max

@@ -138,10 +138,8 @@ def adaptive_clip(
             Winsorized(trees.value_at(growth, step)),
             window,
         )
-        most_norm = jnp.finfo(jnp.float32).max
         norm = units.clipped_norm
-        single = jnp.where(jnp.isfinite(norm), jnp.minimum(norm, most_norm), norm)
-        single = single.astype(jnp.float32)
+        single = trees.single(norm)
         bound = jnp.where(
             state.norm_history[0] < 0,  # nothing is remembered
             trees.value_at(start, step) * units.param_norm,

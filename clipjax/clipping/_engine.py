@@ -258,15 +258,8 @@ def _bound(
     if isinstance(rule, Relative):
         return rule.of(jnp.zeros_like(size) if relative is None else relative)
     if isinstance(rule, History):
-        return rule.threshold(memory, _single(size))
+        return rule.threshold(memory, trees.single(size))
     return trees.bound_at(rule, step)
-
-
-def _single(size: Array) -> Array:
-    """Casts to float32, in which a float64 may be too large to be finite."""
-    most = jnp.asarray(jnp.finfo(jnp.float32).max, size.dtype)
-    known = jnp.isfinite(size)
-    return jnp.where(known, jnp.minimum(size, most), size).astype(jnp.float32)
 
 
 def _remembered(
@@ -277,7 +270,7 @@ def _remembered(
     axis_name: AxisName,
 ) -> PyTree:
     """Returns the memory after a norm, its threshold and the norm that came out."""
-    new = rule.remember(memory, *(_single(x) for x in sees))
+    new = rule.remember(memory, *(trees.single(x) for x in sees))
 
     def keep(new, old):
         if new.ndim < tells.ndim:  # one for all parts of a leaf
