@@ -26,12 +26,12 @@ def not_negative(**values: Any) -> None:
             raise ValueError(f"{name} must not be negative, but is {value!r}.")
 
 
-def between(low: int | float, high: int | float, /, **values: Any) -> None:
+def between(_low: int | float, _high: int | float, **values: Any) -> None:
     """Raises unless every value lies in [low, high]."""
     for name, value in _concrete(values):
-        if not low <= value <= high:
+        if not _low <= value <= _high:
             raise ValueError(
-                f"{name} must lie between {low} and {high}, but is {value!r}."
+                f"{name} must lie between {_low} and {_high}, but is {value!r}."
             )
 
 
@@ -44,11 +44,11 @@ def below_one(**values: Any) -> None:
             )
 
 
-def at_least(low: int | float, /, **values: Any) -> None:
-    """Raises unless every value is `low` or more."""
+def at_least(_low: int | float, **values: Any) -> None:
+    """Raises unless every value is `_low` or more."""
     for name, value in _concrete(values):
-        if not value >= low:
-            raise ValueError(f"{name} must be at least {low}, but is {value!r}.")
+        if not value >= _low:
+            raise ValueError(f"{name} must be at least {_low}, but is {value!r}.")
 
 
 def rises(**values: Any) -> None:
@@ -63,8 +63,8 @@ def rises(**values: Any) -> None:
         )
 
 
-def whole(least: int, /, **values: Any) -> None:
-    """Raises unless every value is a Python integer of at least `least`."""
+def whole(_least: int, **values: Any) -> None:
+    """Raises unless every value is a Python integer of at least `_least`."""
     for name, value in values.items():
         if isinstance(value, Tracer | Array):
             raise TypeError(
@@ -77,8 +77,8 @@ def whole(least: int, /, **values: Any) -> None:
                 f"{name} must be an integer, but is {value!r} of type"
                 f" {type(value).__name__}."
             )
-        if int(value) < least:
-            raise ValueError(f"{name} must be at least {least}, but is {value!r}.")
+        if int(value) < _least:
+            raise ValueError(f"{name} must be at least {_least}, but is {value!r}.")
 
 
 def function(**values: Any) -> None:

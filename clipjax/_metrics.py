@@ -47,7 +47,7 @@ def metrics(opt_state: PyTree) -> dict[str, Array]:
 'nonfinite_steps': 0.0}
     """
     found = [
-        (trees.path(keys), _of_state(state))
+        (trees.path(keys).removesuffix("/clip"), _of_state(state))
         for keys, state in jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=_ours)
         if _ours(state)
     ]

@@ -50,7 +50,11 @@ def clip(max_delta: Number | Schedule) -> optax.GradientTransformationExtraArgs:
         del params, extra_args
         bound = trees.bound_at(max_delta, state.step)
         clipped = jax.tree.map(
-            lambda u: responses.clamped(u, bound, bound) if trees.is_float(u) else u,
+            lambda u: (
+                responses.clamped(jnp.asarray(u), bound, bound)
+                if trees.is_float(u)
+                else u
+            ),
             updates,
         )
         return clipped, ElementClipState(trees.next_step(state.step))

@@ -184,10 +184,11 @@ def named(
 
         changed = trees.map_by_path(respond, updates, parts)
         every = {key: _times(factor, before) for key, factor in factors.items()}
-        touched = [factor != 1 for factor in every.values()]
+        touched, changes = [factor != 1 for factor in every.values()], over
         if isinstance(response, Entrywise):
             old, new = trees.floats(updates), trees.floats(changed)
             touched = [old[path] != new[path] for path in parts]
+            changes = axis_name
         if isinstance(response, Entrywise) or len(set(pools.values())) < len(pools):
             outgoing = {p: x for p, x in trees.floats(changed).items() if p in parts}
             after = parts_of.measure(outgoing, parts, kind, names)
@@ -198,7 +199,7 @@ def named(
             norm=whole,
             clipped_norm=parts_of.total(after, kind, over),
             threshold=_shown(threshold, bounds, step, over),
-            clipped=parts_of.anywhere(touched, over),
+            clipped=parts_of.anywhere(touched, changes),
         )
         return changed, ClipByState(new_state, memory)
 
