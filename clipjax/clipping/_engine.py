@@ -10,6 +10,7 @@ from jaxtyping import Array, PyTree
 
 from .. import (
     _checks as check,
+    _meshes as meshes,
     _trees as trees,
     norms,
     responses,
@@ -165,6 +166,7 @@ def named(
         for key, pool in pools.items():
             rule = thresholds.at_step(_rule(threshold, key), step)
             size = within[pool]
+            memory |= {key: _laid_out(memory[key], size)} if key in memory else {}
             bounds[key] = _bound(rule, size, memory.get(key), relative.get(pool), step)
             factors[key] = respond_to(size * margin, bounds[key])
             if isinstance(rule, History):
@@ -209,6 +211,14 @@ def named(
 def _times(size: Array, factor: Array) -> Array:
     """Multiplies by a scalar, in the dtype of the first."""
     return size * factor.astype(size.dtype)
+
+
+def _laid_out(memory: PyTree, size: Array) -> PyTree:
+    """Lays out as the norms what has one entry for each, on a mesh of explicit axes."""
+    return jax.tree.map(
+        lambda x: meshes.like(x, size) if x.ndim and x.shape == size.shape else x,
+        memory,
+    )
 
 
 def _rule(threshold: Threshold | Mapping[str, Threshold], key: str) -> Threshold:
