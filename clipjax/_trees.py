@@ -124,3 +124,12 @@ def next_step(step: Int[Array, ""]) -> Int[Array, ""]:
     """Adds one, and stays at the last int32 rather than turn negative."""
     last = jnp.iinfo(jnp.int32).max
     return jnp.where(step < last, step + 1, step)
+
+
+def power_of_two(peak: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns the power of two below a magnitude: to divide by it is exact."""
+    usable = (peak > 0) & jnp.isfinite(peak)
+    exponent = jnp.floor(jnp.log2(jnp.where(usable, peak, jnp.ones_like(peak))))
+    # Clamped, so that neither the unit nor its inverse is subnormal.
+    limit = jnp.finfo(peak.dtype).maxexp - 28
+    return jnp.exp2(jnp.clip(exponent, -limit, limit))

@@ -204,7 +204,7 @@ def spectral_norm(
         return unit_norm(x, axes)
     rows, columns = tuple(sorted(axes)[:-1]), (max(axes),)
     peak = unit_inf_norm(x, axes)
-    unit = _unit(peak)
+    unit = trees.power_of_two(peak)
     matrix = trees.wide(x) / unit.astype(trees.wide(x).dtype)
 
     def step(_, vector):
@@ -250,7 +250,7 @@ def unit_norms(
         return axis_name[path] if isinstance(axis_name, Mapping) else axis_name
 
     def rescaled(x, axis, name):
-        unit = _unit(unit_inf_norm(x, axis, axis_name=name))
+        unit = trees.power_of_two(unit_inf_norm(x, axis, axis_name=name))
         shrunk = trees.wide(x) / unit.astype(trees.wide(x).dtype)
         return unit * unit_norm(shrunk, axis, axis_name=name)
 
@@ -306,19 +306,10 @@ def _rescaled(leaves: list[Array], axis_name: AxisName) -> Float[Array, ""]:
     """Returns the norm of leaves whose squares may leave the range of float32."""
     if not leaves:
         return jnp.zeros([], jnp.float32)
-    unit = _unit(inf_norm(leaves, axis_name=axis_name))
+    unit = trees.power_of_two(inf_norm(leaves, axis_name=axis_name))
     shrunk = [x / unit.astype(x.dtype) for x in leaves]
     norm = _root(_sum_of_squares(shrunk, axis_name))
     return unit.astype(norm.dtype) * norm
-
-
-def _unit(peak: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns the power of two below a magnitude: to divide by it is exact."""
-    usable = (peak > 0) & jnp.isfinite(peak)
-    exponent = jnp.floor(jnp.log2(jnp.where(usable, peak, jnp.ones_like(peak))))
-    # Clamped, so that neither the unit nor its inverse is subnormal.
-    limit = jnp.finfo(peak.dtype).maxexp - 28
-    return jnp.exp2(jnp.clip(exponent, -limit, limit))
 
 
 def _widest(values: Iterable[Array]) -> Any:

@@ -308,6 +308,10 @@ def _shown(
 
 def _check(threshold, scope, norm, response, nonfinite, ceiling) -> None:
     for rule in _rules(threshold):
+        if isinstance(rule, type):
+            raise TypeError(
+                f"threshold must be a value, but is the class {rule.__name__}. Call it."
+            )
         if not isinstance(rule, Relative | History):
             check.not_negative(threshold=rule)
     check.has_method("part", scope=scope)
@@ -316,11 +320,6 @@ def _check(threshold, scope, norm, response, nonfinite, ceiling) -> None:
             "response=responses.lower_peaks goes by the largest entry and needs"
             " norm=norms.inf_norm."
         )
-    for rule in _rules(threshold):
-        if isinstance(rule, type):
-            raise TypeError(
-                f"threshold must be a value, but is the class {rule.__name__}. Call it."
-            )
     check.function(norm=norm, response=response, nonfinite=nonfinite)
     if norm not in _NORMS:
         raise ValueError(

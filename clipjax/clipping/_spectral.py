@@ -186,9 +186,8 @@ def _lowered(matrix: Array, bound: Array) -> tuple[Array, Array, Array]:
 
     def is_far(carry):
         _, values, _ = carry
-        return (bound > 0) & jnp.any(
-            values > 110 * bound
-        )  # above 100 by more than rounding
+        # Above 100 by more than rounding, or what came down would do so again.
+        return (bound > 0) & jnp.any(values > 110 * bound)
 
     def lower(carry):
         matrix, values, vectors = carry
@@ -223,11 +222,9 @@ def _times(matrix: Array, vectors: Array, factors: Array) -> Array:
 
 
 def _unit(matrix: Array) -> Array:
-    """Returns a power of two near the largest entry: to divide by it is exact."""
+    """Returns a power of two near the largest entry."""
     peak = jnp.max(jnp.abs(matrix), axis=(-1, -2), keepdims=True)
-    exponent = jnp.floor(jnp.log2(jnp.where(peak > 0, peak, 1)))
-    # Clamped, so that neither the unit nor its inverse is subnormal.
-    return jnp.exp2(jnp.clip(exponent, -100, 100))
+    return trees.power_of_two(peak)
 
 
 def _matmul(one: Array, other: Array) -> Array:
