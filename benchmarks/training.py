@@ -83,9 +83,9 @@ class Characters(nn.Module):
 
 def workloads(folder: pathlib.Path) -> dict[str, Workload]:
     """Returns the workloads by name."""
-    text = functools.partial(_text, folder / "tinyshakespeare" / "input.txt")
+    text = functools.partial(text_workload, folder / "tinyshakespeare" / "input.txt")
     transformer, gru = text(Characters(False)), text(Characters(True))
-    digits = functools.partial(_digits, data.idx_folder(folder / "mnist"))
+    digits = functools.partial(digits_workload, data.idx_folder(folder / "mnist"))
     adam, sgd = optax.adam, functools.partial(optax.sgd, momentum=0.9)
     lenet = linen_nets.CNN((20, 50), 500, kernel=5, padding="VALID")
     return {
@@ -102,7 +102,7 @@ def workloads(folder: pathlib.Path) -> dict[str, Workload]:
     }
 
 
-def _text(path, net):
+def text_workload(path, net):
     """Returns a maker of workloads on windows of a text; its last tenth validates."""
     _, text = np.unique(np.frombuffer(path.read_bytes(), np.uint8), return_inverse=True)
     text, cut = jnp.asarray(text, jnp.uint8), len(text) * 9 // 10
@@ -120,7 +120,7 @@ def _text(path, net):
     return functools.partial(Workload, net, batch, (text[:cut], held_out))
 
 
-def _digits(dataset, net, wrong=0.0):
+def digits_workload(dataset, net, wrong=0.0):
     """Returns a maker of workloads on images; some labels in training are wrong."""
     train = jax.tree.map(lambda x: jnp.asarray(x[:20_000]), dataset.train)
     held_out = jax.tree.map(lambda x: jnp.asarray(x[:2_000]), dataset.validation)

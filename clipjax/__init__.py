@@ -22,7 +22,20 @@
 | take the threshold that helps most       | `greedy_clip`                             |
 | keep one example from dominating         | `per_example`                             |
 | keep attention logits bounded            | `qk_clip`                                 |
-| make parameters exactly sparse           | `sparsify`                                |
+| make parameters exactly sparse           | `sparsify`, `prune`, `cyclic_schedule`    |
+| hide what is pruned from the optimizer   | `sparse`                                  |
+| be sparse from the start                 | `rigl`, `sparse_evolutionary`,            |
+|                                          | `sparse_momentum`, `static_sparse`        |
+| keep dense weights behind sparse ones    | `latent` with `reparametrizations`,       |
+|                                          | `sparse_params`, `latent_params`          |
+| prune in rounds, and rewind              | `rewinding`                               |
+| send sparse gradients                    | `error_feedback` with `compressors`,      |
+|                                          | `deep_gradient_compression`               |
+| keep zeros to the end                    | `keep_zeros`, `finalize`, `lint`          |
+| train with a penalty, to exact zeros     | `proximal` with `prox`,                   |
+|                                          | `regularized_dual_averaging`              |
+| learn which gates to shut                | `gates`                                   |
+| choose input features                    | `selected_features`                       |
 | see what a chain did                     | `metrics`                                 |
 | see what a model is made of              | `report`                                  |
 | say what matters, in what shape zeros    | `scores`, `patterns`, `allocations`       |
@@ -35,10 +48,14 @@ import importlib.metadata
 
 from . import (
     allocations as allocations,
+    compressors as compressors,
+    gates as gates,
     masks as masks,
     norms as norms,
     patterns as patterns,
     per_example as per_example,
+    prox as prox,
+    reparametrizations as reparametrizations,
     responses as responses,
     scopes as scopes,
     scores as scores,
@@ -79,6 +96,30 @@ from .clipping._spectral import (
     spectral_clip as spectral_clip,
 )
 from .clipping._unit import adaptive_grad_clip as adaptive_grad_clip
+from .sparsity._dynamic import (
+    rigl as rigl,
+    sparse_evolutionary as sparse_evolutionary,
+    sparse_momentum as sparse_momentum,
+    static_sparse as static_sparse,
+)
+from .sparsity._features import selected_features as selected_features
+from .sparsity._feedback import (
+    deep_gradient_compression as deep_gradient_compression,
+    error_feedback as error_feedback,
+)
+from .sparsity._finish import finalize as finalize, keep_zeros as keep_zeros
+from .sparsity._latent import latent as latent
+from .sparsity._latent_params import (
+    latent_params as latent_params,
+    sparse_params as sparse_params,
+)
+from .sparsity._lint import Finding as Finding, lint as lint
+from .sparsity._proximal import proximal as proximal
+from .sparsity._prune import prune as prune
+from .sparsity._rda import regularized_dual_averaging as regularized_dual_averaging
+from .sparsity._rewind import rewinding as rewinding
+from .sparsity._schedules import cyclic_schedule as cyclic_schedule
+from .sparsity._sparse import sparse as sparse
 from .sparsity._sparsify import sparsify as sparsify
 
 __version__ = importlib.metadata.version("clipjax")

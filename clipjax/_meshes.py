@@ -26,6 +26,22 @@ def axes_of(x: Array, axis_name: AxisName) -> tuple[str, ...]:
     return tuple(name for name in names if name in _varying(x))
 
 
+def differing_axes(x: Array) -> tuple[str, ...]:
+    """Returns the axes over which JAX knows that the blocks of `x` differ.
+
+    None where it does not track that.
+    """
+    return tuple(sorted(_varying(x)))
+
+
+def manual_axes(x: Array) -> tuple[str, ...]:
+    """Returns the mesh axes over which `jax.shard_map` runs."""
+    mesh = jax.typeof(x).sharding.mesh
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    manual = jax.sharding.AxisType.Manual
+    return tuple(name for name, kind in kinds if kind == manual)
+
+
 def blocks(x: Array, axis_name: AxisName) -> int:
     """Returns in how many different blocks the whole of `x` lies."""
     return math.prod(jax.lax.axis_size(name) for name in axes_of(x, axis_name))
@@ -66,10 +82,14 @@ def zeros(function: Callable[..., Array], x: Array) -> Array:
     result = jnp.zeros(kind.shape, kind.dtype)
     if _is_explicit(x):
         result = jax.sharding.reshard(result, kind.sharding)
-    for name in sorted(_varying(kind)):
-        # Zero, but of a type that differs from device to device, as `function(x)` does.
-        result += (jax.lax.axis_index(name) * 0).astype(kind.dtype)
-    return result
+    return varying_as(result, kind)
+
+
+def varying_as(x: Array, kind: jax.ShapeDtypeStruct) -> Array:
+    """Returns `x` as of a type that differs over every device axis that `kind` does."""
+    for name in sorted(_varying(kind) - _varying(x)):
+        x = x + (jax.lax.axis_index(name) * 0).astype(x.dtype)
+    return x
 
 
 def _is_explicit(x: Array) -> bool:

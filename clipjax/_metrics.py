@@ -9,9 +9,10 @@ from jaxtyping import Array, PyTree
 
 from . import _trees as trees
 from .clipping._state import ClipState
+from .sparsity._proximal import ProximalState
 from .sparsity._sparsify import SparsifyState
 
-_STATES = (ClipState, SparsifyState)
+_STATES = (ClipState, SparsifyState, ProximalState)
 
 
 def metrics(opt_state: PyTree) -> dict[str, Array]:
@@ -24,13 +25,15 @@ def metrics(opt_state: PyTree) -> dict[str, Array]:
     | `threshold`         | the bound that was in force                                |
     | `clipped_share`     | share of all steps so far that were clipped                |
     | `nonfinite_steps`   | number of all steps so far with a NaN or an infinity       |
-    | `sparsity`          | share of zeros in all leaves that `sparsify` governs       |
+    | `sparsity`          | share of zeros in all leaves that are made sparse          |
     | `sparsity/<path>`   | and in each of them                                        |
 
     Nothing is computed anew, so it costs nothing, inside `jax.jit` and outside of it.
-    Norm and threshold are those of the last step that was finite.  Where two transforms
-    of a chain measure the same, each key is preceded by the place of its state, as in
-    `0/norm`.  A state without transforms of ours gives an empty dict.
+    Norm and threshold are those of the last step that was finite.  A clip by another
+    norm than the Euclidean, by `norms.inf_norm` or `norms.spectral_norm`, reports the
+    largest such norm of what it measures as `norm` and `clipped_norm`.  Where two
+    transforms of a chain measure the same, each key is preceded by the place of its
+    state, as in `0/norm`.  A state without transforms of ours gives an empty dict.
 
     Args:
         opt_state: the state of any optimizer, or `optimizer.opt_state` of an
@@ -63,8 +66,12 @@ def _ours(node: Any) -> bool:
     return isinstance(node, _STATES)
 
 
-def _of_state(state: ClipState | SparsifyState) -> dict[str, Array]:
-    return dict(_clip(state) if isinstance(state, ClipState) else _sparsity(state))
+def _of_state(state: ClipState | SparsifyState | ProximalState) -> dict[str, Array]:
+    if isinstance(state, ClipState):
+        return dict(_clip(state))
+    if isinstance(state, ProximalState):
+        return dict(_sparsity(state.prox_total_sparsity, state.prox_leaf_sparsity))
+    return dict(_sparsity(state.total_sparsity, state.leaf_sparsity))
 
 
 def _clip(state: ClipState) -> Iterator[tuple[str, Array]]:
@@ -77,9 +84,9 @@ def _clip(state: ClipState) -> Iterator[tuple[str, Array]]:
     yield "nonfinite_steps", plain.nonfinite_steps
 
 
-def _sparsity(state: SparsifyState) -> Iterator[tuple[str, Array]]:
-    yield "sparsity", _plain(state.total_sparsity)
-    for path, share in state.leaf_sparsity.items():
+def _sparsity(total: Any, leaves: dict[str, Any]) -> Iterator[tuple[str, Array]]:
+    yield "sparsity", _plain(total)
+    for path, share in leaves.items():
         yield f"sparsity/{path}", _plain(share)
 
 

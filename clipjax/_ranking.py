@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 from . import _counts as counts, _meshes as meshes
 from ._counts import Count
 from ._types import AxisName
+from .scores import Magnitude
 
 _MOST = 2**31 - 2  # entries of one array, so that places fit an int32
 
@@ -42,22 +43,25 @@ class Ranked(NamedTuple):
 
 
 def ranked(
-    scores: Sequence[Array],
-    groups: Sequence[int],
-    key: Callable[[Array, Any], Array],
-    axis_name: AxisName,
+    scores: Sequence[Array | Magnitude], groups: Sequence[int], axis_name: AxisName
 ) -> Ranked:
-    is_double = any(x.dtype in (jnp.float64, jnp.complex128) for x in scores)
+    """Ranks arrays by their entries, or by the magnitudes of these."""
+    makers = [magnitude_key if isinstance(x, Magnitude) else key_of for x in scores]
+    arrays = [x.x if isinstance(x, Magnitude) else x for x in scores]
+    is_double = any(x.dtype in (jnp.float64, jnp.complex128) for x in arrays)
     dtype = jnp.int64 if is_double else jnp.int32
-    entries = tuple(x.size * meshes.blocks(x, axis_name) for x in scores)
+    entries = tuple(x.size * meshes.blocks(x, axis_name) for x in arrays)
     largest = max(entries, default=0)
     if largest > _MOST:
         raise ValueError(
             f"An array of {largest} entries is too large to be ranked: at most {_MOST}."
             " Split it along its first axis."
         )
-    keys = [functools.partial(_anew, key, x, dtype) for x in scores]
-    is_split = bool(axis_name) or any(meshes.is_partitioned(x) for x in scores)
+    keys = [
+        functools.partial(_anew, key, x, dtype)
+        for key, x in zip(makers, arrays, strict=True)
+    ]
+    is_split = bool(axis_name) or any(meshes.is_partitioned(x) for x in arrays)
     return Ranked(keys, tuple(groups), axis_name, dtype, entries, is_split)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from . import _counts as counts, _ranking as ranking
+from . import _counts as counts, _meshes as meshes, _ranking as ranking
 from ._counts import Count
 from ._ranking import Ranked
 
@@ -72,9 +72,15 @@ def close_in(ranked: Ranked, kept: Count, bracket: Bracket) -> Bracket:
         lowest, highest = exact(kept, bracket)
         return jnp.any((bracket.low < bracket.high - 1) & ~lowest & ~highest)
 
+    def narrow(old):
+        return _narrow(ranked, kept, old)
+
+    # Arrays may differ over devices on which they are ranked one by one.
+    kinds = jax.eval_shape(narrow, bracket)
+    bracket = jax.tree.map(meshes.varying_as, bracket, kinds)
     # The thresholds are carried: computed where they are used, XLA would compute
     # them once an entry.
-    return lax.while_loop(unfinished, lambda old: _narrow(ranked, kept, old), bracket)
+    return lax.while_loop(unfinished, narrow, bracket)
 
 
 def _first_thresholds(ranked: Ranked, kept: Count) -> Int[Array, "groups n"]:

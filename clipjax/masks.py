@@ -124,5 +124,14 @@ class Bits:
 
 
 @dataclasses.dataclass(frozen=True)
+class Booleans:
+    """Stores a mask as it was made, unpacked: a byte a parameter."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Zeros:
     """Stores nothing: between two masks, what is zero stays zero."""
+
+
+Storage = Bits | Booleans | Zeros
+"""How a mask is kept between two steps."""

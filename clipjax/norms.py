@@ -5,6 +5,7 @@ about 22 times one leaf's norm, and in float16 it overflows at 256.  Leaves that
 floating-point numbers do not count.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -12,9 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Inexact, PyTree
 
-from . import _meshes as meshes, _trees as trees
+from . import _meshes as meshes, _trees as trees, scopes
 from ._types import Axes, AxisName
 
 Norm = Callable[..., Float[Array, ""]]
@@ -90,7 +92,7 @@ def inf_norm(tree: PyTree, *, axis_name: AxisName = None) -> Float[Array, ""]:
         Array(4., dtype=float32)
     """
     leaves = _leaves(tree)
-    peaks = [_over(lax.pmax, jnp.max(jnp.abs(x)), x, axis_name) for x in leaves]
+    peaks = [_greatest(jnp.max(jnp.abs(x)), x, axis_name) for x in leaves]
     if not peaks:
         return jnp.zeros([], jnp.float32)
     dtype = _widest(peaks)
@@ -110,7 +112,8 @@ def leaf_norms(
         tree: real or complex arrays of any shape; `None` and integers are ignored.
         norm: `rms`, `inf_norm` or, if none is given, `global_norm`.
         scaled: Euclidean norms right up to 1e38 instead of 1e19, where a square leaves
-            the range of float32.  Costs two more passes, and only where one did.
+            the range of float32, and down to 1e-38 where all are that small.  Costs two
+            more passes, and only then.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
@@ -124,7 +127,7 @@ def leaf_norms(
     plain = jax.tree.map(lambda x: global_norm(x, axis_name=axis_name), tree)
     if not scaled:
         return plain
-    return _if_too_large(
+    return _if_out_of_range(
         plain,
         lambda: jax.tree.map(lambda x: _rescaled(_leaves(x), axis_name), tree),
     )
@@ -175,11 +178,15 @@ def unit_inf_norm(
         Array([[4., 1.]], dtype=float32)
     """
     peaks = jnp.max(jnp.abs(trees.wide(x)), axis=axis, keepdims=True, initial=0)
-    return _over(lax.pmax, peaks, x, axis_name)
+    return _greatest(peaks, x, axis_name)
 
 
 def spectral_norm(
-    x: Inexact[Array, "..."], axis: Axes | None = None, *, steps: int = 20
+    x: Inexact[Array, "..."],
+    axis: Axes | None = None,
+    *,
+    steps: int = 20,
+    spec: PartitionSpec | None = None,
 ) -> Float[Array, "..."]:
     """Returns the largest singular value of a matrix, the reduced axes of length 1.
 
@@ -193,6 +200,8 @@ def spectral_norm(
         x: one leaf, real or complex.
         axis: the axes of a matrix; `None` for all.
         steps: of the iteration; static.
+        spec: inside `jax.shard_map`, how `x` is split; `PartitionSpec()` if each device
+            has a matrix of its own.
 
     Example:
         >>> spectral_norm(jnp.array([[3.0, 0.0], [0.0, -4.0]]))
@@ -200,28 +209,38 @@ def spectral_norm(
     """
     axes = tuple(range(x.ndim)) if axis is None else axis
     axes = tuple(a % x.ndim for a in ((axes,) if isinstance(axes, int) else axes))
+    if spec is None and len(axes) > 1:
+        _refuse_blocks(x)
+    split = functools.partial(scopes.split_axes, spec or PartitionSpec())
     if len(axes) < 2 or not x.size:
-        return unit_norm(x, axes)
+        return unit_norm(x, axes, axis_name=split(axes))
     rows, columns = tuple(sorted(axes)[:-1]), (max(axes),)
-    peak = unit_inf_norm(x, axes)
+    over_rows, over_columns = split(rows), split(columns)
+    peak = unit_inf_norm(x, axes, axis_name=split(axes))
     unit = trees.power_of_two(peak)
     matrix = trees.wide(x) / unit.astype(trees.wide(x).dtype)
 
-    def step(_, vector):
+    def times(vector):
         image = jnp.sum(matrix * vector, axis=columns, keepdims=True)
-        back = jnp.sum(jnp.conj(matrix) * image, axis=rows, keepdims=True)
-        size = unit_norm(back, columns)
+        return _over(lax.psum, image, image, over_columns)
+
+    def step(_, vector):
+        back = jnp.sum(jnp.conj(matrix) * times(vector), axis=rows, keepdims=True)
+        back = _over(lax.psum, back, back, over_rows)
+        size = unit_norm(back, columns, axis_name=over_columns)
         return back / jnp.where(size > 0, size, 1).astype(back.dtype)
 
-    length = x.shape[columns[0]]
-    start = jnp.sin(1.0 + jnp.arange(length, dtype=jnp.float32))  # aligned with nothing
+    places = jnp.arange(x.shape[columns[0]], dtype=jnp.float32)
+    if over_columns:
+        first = lax.axis_index(over_columns) * x.shape[columns[0]]
+        places += first.astype(jnp.float32)
     shape = [1] * x.ndim
-    shape[columns[0]] = length
-    vector = start.reshape(shape).astype(matrix.dtype)
-    vector = jnp.broadcast_to(vector, jnp.sum(matrix, axis=rows, keepdims=True).shape)
-    vector = lax.fori_loop(0, steps, step, vector)
-    image = jnp.sum(matrix * vector, axis=columns, keepdims=True)
-    result = unit * unit_norm(image, rows)
+    shape[columns[0]] = -1
+    start = jnp.sin(1.0 + places).reshape(shape)  # aligned with nothing
+    # The first step gives a vector for each matrix, and lays them out as these are.
+    vector = step(0, start.astype(matrix.dtype))
+    vector = lax.fori_loop(1, steps, step, vector)
+    result = unit * unit_norm(times(vector), rows, axis_name=over_rows)
     return jnp.where(jnp.isfinite(peak), result, peak)
 
 
@@ -233,7 +252,8 @@ def unit_norms(
 ) -> dict[str, Float[Array, "..."]]:
     """Returns the Euclidean norms of the units of many leaves, right up to 1e38.
 
-    Costs two more passes, and only where a square left the range of float32.
+    And down to 1e-38 where all are that small.  Costs two more passes, and only where a
+    square left the range of float32.
 
     Args:
         leaves: by path.
@@ -255,22 +275,28 @@ def unit_norms(
         return unit * unit_norm(shrunk, axis, axis_name=name)
 
     plain = {p: unit_norm(x, axes[p], axis_name=named(p)) for p, x in leaves.items()}
-    return _if_too_large(
+    return _if_out_of_range(
         plain,
         lambda: {p: rescaled(x, axes[p], named(p)) for p, x in leaves.items()},
     )
 
 
-def _if_too_large(plain: PyTree, rescaled: Callable[[], PyTree]) -> PyTree:
-    """Computes norms anew where a square may have left the range of float32."""
-    if not jax.tree.leaves(plain):
+def _if_out_of_range(plain: PyTree, rescaled: Callable[[], PyTree]) -> PyTree:
+    """Computes norms anew where a square may have left the range of float32.
+
+    At the lower end where all norms are small: one beside larger ones may be zero.
+    """
+    sizes = [norm for norm in jax.tree.leaves(plain) if norm.size]
+    if not sizes:
         return plain
-    within = [jnp.all(norm <= _SAFE[1]) for norm in jax.tree.leaves(plain)]
+    low, high = _SAFE
+    peaks = jnp.stack([jnp.max(norm).astype(jnp.float32) for norm in sizes])
+    is_right = (jnp.max(peaks) >= low) & (jnp.max(peaks) <= high)
 
     def again():
         return jax.tree.map(lambda old, new: new.astype(old.dtype), plain, rescaled())
 
-    return lax.cond(jnp.all(jnp.stack(within)), lambda: plain, again)
+    return lax.cond(is_right, lambda: plain, again)
 
 
 def _leaves(tree: PyTree) -> list[Array]:
@@ -323,6 +349,29 @@ def _over(
 ) -> Array:
     axes = meshes.axes_of(x, axis_name)
     return collective(value, axes) if axes else value
+
+
+def _greatest(
+    peak: Float[Array, "..."], x: Array, axis_name: AxisName
+) -> Float[Array, "..."]:
+    """Returns the greatest over the devices, NaN where one is: `pmax` may lose it."""
+    axes = meshes.axes_of(x, axis_name)
+    if not axes:
+        return peak
+    unknown = jnp.isnan(peak)
+    both = jnp.stack([jnp.where(unknown, 0, peak), unknown.astype(peak.dtype)])
+    most, any_unknown = lax.pmax(both, axes)
+    return jnp.where(any_unknown > 0, jnp.nan, most)
+
+
+def _refuse_blocks(x: Array) -> None:
+    """Raises where `jax.shard_map` may have split a matrix and no one said how."""
+    if over := meshes.axes_of(x, meshes.manual_axes(x)):
+        raise ValueError(
+            f"A matrix of shape {x.shape} may be split over the mesh axes {over}, and a"
+            " block has other singular values. Give `spec`, `PartitionSpec()` if each"
+            " device has a matrix of its own."
+        )
 
 
 def _root(square: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -114,17 +114,14 @@ def clipped_value_and_grad(
         params = _as_varied({i: args[i] for i in fixed}, batch)
         bound = _bound(max_norm)
 
-        def one(*args):
-            result, grads = slope(*args)
-            value, aux = result if has_aux else (result, None)
-            grads, norm = _clip(grads, bound)
-            return grads, (trees.wide(value), aux, norm)
-
         def total(part):
             axes = [0 if i in part else None for i in range(len(args))]
             whole = [(params | part)[i] for i in range(len(args))]
-            grads, others = jax.vmap(one, axes)(*whole)
-            return jax.tree.map(lambda x: jnp.sum(x, axis=0), grads), others
+            result, grads = jax.vmap(slope, axes)(*whole)
+            values, aux = result if has_aux else (result, None)
+            sizes = _norms(grads, values)
+            sums = _clipped_sum(grads, sizes, bound)
+            return sums, (trees.wide(values), aux, sizes)
 
         like = tuple(params[i] for i in fixed)
         start = jax.tree.map(lambda x: meshes.zeros(trees.wide, x), like)
@@ -145,22 +142,54 @@ def clipped_value_and_grad(
     return clipped_grad
 
 
-def _clip(grads: PyTree, bound: Float[Array, ""]) -> tuple[PyTree, Float[Array, ""]]:
-    """Returns one example's gradient, no longer than the bound, and its norm."""
-    norm = norms.global_norm(grads, scaled=True)
+def _clipped_sum(
+    grads: PyTree, norm: Float[Array, " batch"], bound: Float[Array, ""]
+) -> PyTree:
+    """Sums the gradients of all examples, none of them longer than the bound."""
     bound = bound.astype(norm.dtype)
     within = bound * (1 - _MARGIN)
     above = norm > within
     length = jnp.where(above, norm, 1)  # never 0: a bound is 0 or more
     keep = jnp.isfinite(norm) & (bound > 0)
 
-    def clip(x):
+    def add(x):
         x = trees.wide(x)
         # First to length 1, then to the bound: their quotient may be subnormal.
-        short = x / length.astype(x.dtype) * within.astype(x.dtype)
-        return jnp.where(keep, jnp.where(above, short, x), jnp.zeros_like(x))
+        short = x / _beside(length, x) * within.astype(x.dtype)
+        axes = tuple(range(1, x.ndim))
+        short = jnp.where(jnp.expand_dims(above, axes), short, x)
+        kept = jnp.where(jnp.expand_dims(keep, axes), short, jnp.zeros_like(x))
+        return jnp.sum(kept, axis=0)
 
-    return jax.tree.map(clip, grads), norm
+    return jax.tree.map(add, grads)
+
+
+def _norms(grads: PyTree, values: Inexact[Array, " batch"]) -> Float[Array, " batch"]:
+    """Returns the norm of each example's gradient, right from 1e-38 to 1e38.
+
+    Each is divided by a power of two near its largest entry, which is exact, before it
+    is squared: a branch for extreme norms would need all gradients once more in memory.
+    """
+    leaves = [trees.wide(x) for x in jax.tree.leaves(grads) if x.size]
+    if not leaves:
+        return jnp.zeros_like(values, jnp.float32)
+    is_double = any(jnp.finfo(x.dtype).dtype == jnp.float64 for x in leaves)
+    dtype = jnp.float64 if is_double else jnp.float32
+
+    def stacked(norm, tree):
+        axes = [tuple(range(1, x.ndim)) for x in tree]
+        each = [norm(x, own) for x, own in zip(tree, axes, strict=True)]
+        pairs = zip(each, axes, strict=True)
+        return jnp.stack([jnp.squeeze(x, own).astype(dtype) for x, own in pairs])
+
+    unit = trees.power_of_two(jnp.max(stacked(norms.unit_inf_norm, leaves), axis=0))
+    shrunk = [x * _beside(1 / unit, x) for x in leaves]
+    return unit * norms.unit_norm(stacked(norms.unit_norm, shrunk), 0)[0]
+
+
+def _beside(values: Float[Array, " batch"], x: Array) -> Array:
+    """Returns numbers, one for each example, in the shape and dtype of gradients."""
+    return jnp.expand_dims(values, tuple(range(1, x.ndim))).astype(x.dtype)
 
 
 def _in_parts(
@@ -224,7 +253,7 @@ def _as_varied(params: PyTree, batch: PyTree) -> PyTree:
     is the sum over them: no longer that of one example.
     """
     leaves = jax.tree.leaves(batch)
-    axes = {name for x in leaves for name in meshes.axes_of(x, _manual_axes(x))}
+    axes = {name for x in leaves for name in meshes.axes_of(x, meshes.manual_axes(x))}
 
     def vary(x):
         known = meshes.axes_of(x, tuple(axes))
@@ -236,14 +265,6 @@ def _as_varied(params: PyTree, batch: PyTree) -> PyTree:
         return lax.pvary(x, missing)  # pyright: ignore  # JAX before 0.9 has this name
 
     return jax.tree.map(vary, params)
-
-
-def _manual_axes(x: Array) -> tuple[str, ...]:
-    """Returns the mesh axes over which `jax.shard_map` runs."""
-    mesh = jax.typeof(x).sharding.mesh
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    manual = jax.sharding.AxisType.Manual
-    return tuple(name for name, kind in kinds if kind == manual)
 
 
 def _over_devices(tree: PyTree, axis_name: AxisName) -> PyTree:

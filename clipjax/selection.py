@@ -23,6 +23,7 @@ from . import (
 from ._counts import Count
 from ._ranking import Ranked
 from ._types import AxisName
+from .scores import Magnitude
 
 
 def kth_largest(
@@ -45,7 +46,7 @@ def kth_largest(
         Array(6., dtype=float32)
     """
     leaves = jax.tree.leaves(tree)
-    ranked = ranking.ranked(leaves, [0] * len(leaves), ranking.magnitude_key, axis_name)
+    ranked = ranking.ranked(list(map(Magnitude, leaves)), [0] * len(leaves), axis_name)
     size = sum(ranked.entries)
     if not size or (isinstance(k, int) and not 1 <= k <= size):
         raise ValueError(
@@ -76,12 +77,12 @@ def largest(
     """
     leaves, structure = jax.tree.flatten(tree)
     kept = counts.stack([counts.of(k)])
-    ranked = ranking.ranked(leaves, [0] * len(leaves), ranking.magnitude_key, axis_name)
+    ranked = ranking.ranked(list(map(Magnitude, leaves)), [0] * len(leaves), axis_name)
     return jax.tree.unflatten(structure, _marks(ranked, kept))
 
 
 def select(
-    scores: Sequence[Float[Array, "..."]],
+    scores: Sequence[Float[Array, "..."] | Magnitude],
     kept: Int[Array, " groups"] | Count,
     groups: Sequence[int],
     *,
@@ -91,7 +92,8 @@ def select(
     """Marks the entries with the highest scores, a fixed number in every group.
 
     Args:
-        scores: signed; NaN ranks lowest.  Of equal scores the first is marked first.
+        scores: signed, or `scores.Magnitude` of any array; NaN ranks lowest.  Of equal
+            scores the first is marked first.
         kept: how many to mark in each group; all of it where there are not so many.
         groups: the group of each array of scores, counted from zero.
         floors: how many of each array to mark before the groups are compared.
@@ -103,7 +105,7 @@ def select(
         [Array([ True, False], dtype=bool), Array([ True, False], dtype=bool)]
     """
     kept = counts.of(kept)
-    ranked = ranking.ranked(scores, groups, ranking.key_of, axis_name)
+    ranked = ranking.ranked(scores, groups, axis_name)
     if any(floors):
         own = ranked._replace(groups=tuple(range(len(scores))))
         first = _marks(own, counts.stack([counts.of(floor) for floor in floors]))

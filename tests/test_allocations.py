@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clipjax import allocations
+from clipjax import allocations, patterns
+from clipjax.scores import Magnitude
 
 LENET = ((784, 300), (300, 100), (100, 10))
 CONVS = ((3, 3, 3, 16), (3, 3, 16, 16), (3, 3, 16, 32), (1, 1, 16, 32), (32, 10))
@@ -15,7 +16,12 @@ SMALL = ((2, 2), (), (7,), (1, 5), (30, 30))
 HUGE = ((50_000, 4096), (4096, 50_000), *((4096, 16_384), (16_384, 4096)) * 24)
 NETWORKS = {"lenet": LENET, "convs": CONVS, "small": SMALL, "huge": HUGE}
 SPARSITIES = [0.0, 0.1, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999, 1.0]
-ALL = [allocations.uniform, allocations.global_, allocations.erdos_renyi_kernel]
+ALL = [
+    allocations.uniform,
+    allocations.global_,
+    allocations.erdos_renyi,
+    allocations.erdos_renyi_kernel,
+]
 
 each_network = pytest.mark.parametrize("shapes", NETWORKS.values(), ids=NETWORKS)
 each_sparsity = pytest.mark.parametrize("sparsity", SPARSITIES)
@@ -56,14 +62,15 @@ def test_global_keeps_its_share_of_all_arrays_together(shapes, sparsity):
     assert budget.floors == tuple(min(1, n) for n in sizes(shapes))
 
 
-def erdos_renyi_kernel(shapes, wanted):
+def erdos_renyi(shapes, wanted, axes):
     """The loop of the paper: whoever would keep more than all becomes dense."""
+    own = [shape[axes] for shape in shapes]
     dense = set()
     while True:
         sparse = [i for i in range(len(shapes)) if i not in dense]
         if not sparse:
             return [float(n) for n in sizes(shapes)]
-        ratios = {i: sum(shapes[i]) / sizes(shapes)[i] for i in sparse}
+        ratios = {i: sum(own[i]) / np.prod(own[i]) for i in sparse}
         mass = sum(ratios[i] * sizes(shapes)[i] for i in sparse)
         scale = (wanted - sum(sizes(shapes)[i] for i in dense)) / mass
         over = [i for i in sparse if scale * ratios[i] > 1 + 1e-12]
@@ -76,14 +83,21 @@ def erdos_renyi_kernel(shapes, wanted):
 
 
 @pytest.mark.parametrize("shapes", [LENET, CONVS, HUGE])
+@pytest.mark.parametrize(
+    ("allocation", "axes"),
+    [
+        (allocations.erdos_renyi_kernel, slice(None)),
+        (allocations.erdos_renyi, slice(-2, None)),
+    ],
+)
 @each_sparsity
-def test_erdos_renyi_kernel_is_that_of_the_paper(shapes, sparsity):
+def test_erdos_renyi_is_that_of_the_paper(shapes, sparsity, allocation, axes):
     total = sum(sizes(shapes))
-    budget = allocations.erdos_renyi_kernel(shapes, sparsity)
+    budget = allocation(shapes, sparsity)
     actual = np.array(numbers(budget.kept))
     wanted = rest(sparsity, total)
     assert sum(actual) == max(wanted, len(shapes))
-    expected = np.maximum(erdos_renyi_kernel(shapes, wanted), 1)
+    expected = np.maximum(erdos_renyi(shapes, wanted, axes), 1)
     # One array takes what rounding and float32 leave over.
     slack = len(shapes) + 1e-5 * total
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=slack)
@@ -155,3 +169,137 @@ def test_a_floor_is_a_whole_number(allocation):
         functools.partial(allocation, floor=-1)(LENET, 0.5)
     with pytest.raises(TypeError):
         allocation(LENET, 0.5, floor=0.5)
+
+
+# By path
+
+
+def test_each_path_has_its_own_sparsity():
+    def function(path, sparsity):
+        return {"stem": 0.0, "head": sparsity / 2}.get(path)
+
+    mine = allocations.by_path(function, floor=3)
+    allocation = allocations.at_paths(mine, ["stem", "body", "head"])
+    shapes = ((10, 10), (20, 10), (10, 4))
+    share = jax.jit(lambda s: allocation(shapes, s).kept)
+    assert numbers(share(jnp.float32(0.8))) == [100, 40, 24]
+    assert numbers(share(jnp.float32(1.0))) == [100, 3, 20]
+    with pytest.raises(ValueError, match=r"^by_path goes by path, but knows none"):
+        mine(shapes, 0.5)
+    wrong = allocations.at_paths(allocations.by_path(lambda path, s: 1.5), ["a"])
+    with pytest.raises(ValueError, match=r"^the sparsity of 'a' must lie between 0"):
+        wrong([(3,)], 0.5)
+
+
+@each_allocation
+@each_sparsity
+def test_the_others_make_up_for_what_stays_dense(allocation, sparsity):
+    names = ["stem", *(f"body{i}" for i in range(3)), "head"]
+    mine = allocations.excluding(lambda path, _: path in ("stem", "head"), allocation)
+    budget = allocations.at_paths(mine, names)(CONVS, sparsity)
+    kept = dict(zip(range(max(budget.groups) + 1), numbers(budget.kept), strict=True))
+    dense = [sizes(CONVS)[0], sizes(CONVS)[-1]]
+    assert [kept[budget.groups[0]], kept[budget.groups[-1]]] == dense
+    wanted = rest(sparsity, sum(sizes(CONVS)))
+    assert sum(kept.values()) == max(wanted, sum(dense) + 3)
+
+
+# By scores
+
+
+def scores_of(*scales, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = [(30, 20), (20, 10), (10, 4), (40, 50)]
+    pairs = zip(scales, shapes, strict=False)
+    return [jnp.asarray(abs(rng.normal(size=s)) * m, jnp.float32) for m, s in pairs]
+
+
+def kept_by(allocation, scores, sparsity):
+    run = jax.jit(
+        lambda scores, sparsity: patterns.Unstructured().masks(
+            scores, sparsity, allocation=allocation
+        )
+    )
+    return [np.asarray(m) for m in run(scores, jnp.float32(sparsity))]
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_normalized_scores_compete(power):
+    scores = scores_of(1.0, 100.0, 0.01)
+    masks = kept_by(allocations.normalized(power, floor=0), scores, 0.8)
+    wide = [np.float64(x) for x in scores]
+    flat = np.concatenate([(x / np.linalg.norm(x) ** power).ravel() for x in wide])
+    expected = np.zeros(flat.size, bool)
+    expected[np.argsort(-flat, kind="stable")[: rest(0.8, 840)]] = True
+    actual = np.concatenate([m.ravel() for m in masks])
+    np.testing.assert_array_equal(actual, expected)
+
+
+def lamp(scores, count):
+    """The definition: every entry's share of the squares that are no smaller."""
+    every = []
+    for i, x in enumerate(scores):
+        square = np.sort(np.float64(x).ravel() ** 2)[::-1]
+        mass = np.array([square[square >= s].sum() for s in square])
+        every += [(-s / (m or 1), i) for s, m in zip(square, mass, strict=True)]
+    chosen = [i for _, i in sorted(every)[:count]]
+    return [chosen.count(i) for i in range(len(scores))]
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.9, 0.99])
+def test_lamp_is_its_definition_without_a_sort(sparsity):
+    scores = scores_of(1.0, 100.0, 1e-6, 3.0)
+    count = rest(sparsity, 2840)
+    masks = kept_by(LAMP, scores, sparsity)
+    assert [int(m.sum()) for m in masks] == lamp(scores, count)
+    for mask, x in zip(masks, scores, strict=True):
+        assert x[mask].min() >= x[~mask].max(initial=0)
+
+
+LAMP = allocations.lamp()
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.7, 1.0])
+def test_lamp_meets_the_total_whatever_the_scores(sparsity):
+    """Ties, zeros, what is not a number, and the extremes of float32."""
+    one, two, three, four = scores_of(1.0, 1.0, 1.0, 1.0)
+    odd = [
+        jnp.round(one),
+        jnp.zeros_like(two),
+        three.at[0].set(jnp.nan).at[1].set(jnp.inf) * 1e-30,
+        four * 1e30,
+    ]
+    masks = kept_by(LAMP, odd, sparsity)
+    assert sum(int(m.sum()) for m in masks) == max(rest(sparsity, 2840), 4)
+    assert all(m.any() for m in masks)
+
+
+def test_lamp_takes_magnitudes_and_floors_and_needs_scores():
+    scores = scores_of(1.0, 1.0)
+    signed = [Magnitude(-x) for x in scores]
+    shapes = [x.shape for x in scores]
+    _, one = allocations.allot(LAMP, scores, shapes, 0.9)
+    _, other = allocations.allot(LAMP, signed, shapes, 0.9)
+    assert numbers(one.kept) == numbers(other.kept) == lamp(scores, 80)
+    _, floored = allocations.allot(allocations.lamp(floor=60), scores, shapes, 0.9)
+    assert numbers(floored.kept) == [60, 60]
+    with pytest.raises(TypeError, match=r"^lamp needs scores"):
+        LAMP(shapes, 0.9)
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("allocation", [LAMP, allocations.normalized()])
+def test_split_scores_share_alike_and_are_not_gathered(allocation, kind):
+    axis_types = (getattr(jax.sharding.AxisType, kind),)
+    mesh = jax.make_mesh((8,), ("d",), axis_types=axis_types)
+    rng = np.random.default_rng(0)
+    scores = [jnp.asarray(abs(rng.normal(size=(16, n))), jnp.float32) for n in (9, 30)]
+    spec = jax.NamedSharding(mesh, jax.P("d"))
+    there = jax.device_put(scores, spec)
+    run = jax.jit(
+        lambda scores: patterns.Unstructured().masks(scores, 0.8, allocation=allocation)
+    )
+    compiled = run.lower(there).compile()
+    assert "all-gather" not in compiled.as_text()
+    for actual, expected in zip(compiled(there), run(scores), strict=True):
+        np.testing.assert_array_equal(actual, expected)

@@ -1,5 +1,7 @@
 """Error feedback: nothing is lost, and the mean comes back."""
 
+import contextlib
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from jax import P
 from clipjax.clipping._adaptive import adaptive_clip
 from clipjax.clipping._carry import carry_clipped
 from clipjax.clipping._norm import clip_by_global_norm
-from helpers import assert_same, normal, relaxed, spec
+from helpers import assert_same, normal, relaxed, spec, x64
 
 CLIPS = {
     "entries": optax.clip(0.7),
@@ -125,6 +127,33 @@ def test_leaves_that_are_missing_or_no_real_numbers():
     assert spec(after) == spec(tx.init(params))
     for tree in ({}, (), {"a": None}):
         assert tx.update(tree, tx.init(tree))[0] == tree
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("dtypes", [("float32", "float64"), ("float64", "float32")])
+def test_dtypes_may_be_mixed(clip, dtypes):
+    """In a tree, and between parameters and updates."""
+    with x64():
+        names = {"a": dtypes[0], "b": "float64", "c": "bfloat16"}
+        params = {name: jnp.ones(3, dtype) for name, dtype in names.items()}
+        names["a"] = dtypes[1]
+        rng = np.random.default_rng(0)
+        stream = [
+            {name: jnp.asarray(rng.normal(size=3), d) for name, d in names.items()}
+            for _ in range(5)
+        ]
+        with relaxed() if clip == "entries" else contextlib.nullcontext():
+            outs, state = run(carry_clipped(CLIPS[clip]), stream, params)
+        assert spec(outs) == spec(stream)
+        assert [x.dtype for x in jax.tree.leaves(state.carry)] == [
+            *(dtypes[0], "float64", "float32")
+        ]
+        for name in names:
+            went_in = sum(np.float64(u[name]) for u in stream)
+            came_out = sum(np.float64(u[name]) for u in outs)
+            np.testing.assert_allclose(
+                came_out + np.float64(state.carry[name]), went_in, atol=2e-6
+            )
 
 
 def test_one_compilation_in_a_chain():

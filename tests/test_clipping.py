@@ -276,8 +276,9 @@ def test_the_gradient_through_a_zero_update_is_not_nan(name):
         updates, params = {"w": x}, {"w": p}
         return jnp.sum(tx.update(updates, tx.init(params), params)[0]["w"])
 
+    slopes = jax.jit(jax.grad(total, argnums=(0, 1)))
     for x, p in [(0.0, 1.0), (0.0, 0.0), (1.0, 0.0)]:
-        slope = jax.grad(total, argnums=(0, 1))(jnp.full(3, x), jnp.full(3, p))
+        slope = slopes(jnp.full(3, x), jnp.full(3, p))
         assert all(np.isfinite(part).all() for part in slope)
 
 

@@ -9,7 +9,9 @@ import pytest
 from flax import nnx
 from jax import P
 
+from clipjax.clipping._carry import carry_clipped
 from clipjax.clipping._greedy import greedy_clip
+from clipjax.clipping._norm import clip_by_global_norm
 from helpers import assert_same, normal, relaxed, spec
 
 CANDIDATES = [0.1, 1.0, 4.0, np.inf]
@@ -164,6 +166,27 @@ def test_structure_and_dtypes_survive_in_one_compilation(dtype):
         updates, state = update(params, state, params)
         assert spec(updates) == spec(params)
         assert spec(state) == spec(first)
+
+
+@pytest.mark.parametrize("inner", ["sgd", "carry"])
+@pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_updates_and_parameters_may_differ_in_dtype(dtypes, inner):
+    """Under strict promotion too; as if both were float32, but for rounding."""
+    make = {
+        "sgd": lambda: optax.sgd(0.5),
+        "carry": lambda: carry_clipped(clip_by_global_norm(0.7)),
+    }[inner]
+    tx = greedy_clip(make(), CANDIDATES)
+    update = jax.jit(lambda u, p: tx.update(u, tx.init(p), p, value_fn=loss))
+    params = normal({"a": (3,), "b": (2,)}, dtype=dtypes[0])
+    updates = normal({"a": (3,), "b": (2,)}, seed=1, dtype=dtypes[1])
+    actual, state = update(updates, params)
+    assert spec(actual) == spec(updates)
+    wide = jax.tree.map(lambda x: x.astype("float32"), (updates, params))
+    expected, same = update(*wide)
+    assert state.winner == same.winner
+    actual = jax.tree.map(lambda x: x.astype("float32"), actual)
+    assert_same(actual, expected, rtol=2**-8)
 
 
 def test_leaves_that_are_missing():

@@ -582,3 +582,204 @@ def test_an_entry_that_wakes_late_may_move():
     out, state = tx.update({"w": jnp.array([1.0, 1.0])}, state)
     np.testing.assert_array_equal(out["w"], [1.0, 1.0])
     assert state.threshold_memory["w"].norm_variance[1] > 0
+
+
+# Rules without a paper: the running minimum, and the release of others
+
+
+class Minimum:
+    """A multiple of the least norm so far, which grows by a share where it is above."""
+
+    def __init__(self, factor, rise):
+        self.factor, self.rise, self.least = factor, rise, None
+
+    def threshold(self, n):
+        return math.inf if self.least is None else self.factor * self.least
+
+    def remember(self, n, bound):
+        if self.least is None:
+            self.least = n
+        self.least = min(n, self.least * (1 + self.rise))
+
+
+class Mean:
+    """A multiple of a moving mean of clipped norms, which begins as the first one."""
+
+    def __init__(self, factor, decay):
+        self.factor, self.decay, self.mean = factor, decay, None
+
+    def threshold(self, n):
+        return math.inf if self.mean is None else self.factor * self.mean
+
+    def remember(self, n, bound):
+        fed = min(n, bound)
+        old = fed if self.mean is None else self.mean
+        self.mean = self.decay * old + (1 - self.decay) * fed
+
+
+class Release:
+    """T = s·T'(n/s), and s grows where more than so many in a row were above T."""
+
+    def __init__(self, rule, patience, growth):
+        self.rule, self.patience, self.growth = rule, patience, growth
+        self.scale, self.above = 1.0, 0
+
+    def threshold(self, n):
+        return self.scale * self.rule.threshold(n / self.scale)
+
+    def remember(self, n, bound):
+        self.rule.remember(n / self.scale, bound / self.scale)
+        self.above = self.above + 1 if n > bound else 0
+        if self.above > self.patience:
+            self.scale *= self.growth
+
+
+class Clip:
+    """The global norm, by one of these rules."""
+
+    def __init__(self, rule):
+        self.rule = rule
+
+    def __call__(self, leaves):
+        n = norm(leaves)
+        bound = self.rule.threshold(n)
+        self.rule.remember(n, bound)
+        return [x * down(n, bound) for x in leaves]
+
+
+RULES = {
+    "minimum": (
+        lambda: thresholds.RunningMinimum(1.5, 0.01),
+        lambda: Minimum(1.5, 0.01),
+    ),
+    "minimum that stays": (
+        lambda: thresholds.RunningMinimum(3.0),
+        lambda: Minimum(3.0, 0.0),
+    ),
+    "released mean": (
+        lambda: thresholds.Released(
+            thresholds.MovingMean(1.1, 0.9, warmup=1), patience=3, growth=1.3
+        ),
+        lambda: Release(Mean(1.1, 0.9), 3, 1.3),
+    ),
+    "released minimum": (
+        lambda: thresholds.Released(
+            thresholds.RunningMinimum(1.1), patience=2, growth=2.0
+        ),
+        lambda: Release(Minimum(1.1, 0.0), 2, 2.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_is_its_formula(name):
+    make, reference = RULES[name]
+    incoming, actual, _ = run(lambda: clipjax.clip_by(make()))
+    expected = Clip(reference())
+    touched = 0
+    for step in range(STEPS):
+        came = [x[step] for x in incoming]
+        out = expected(came)
+        touched += any((x != y).any() for x, y in zip(came, out, strict=True))
+        for x, y in zip(actual, out, strict=True):
+            np.testing.assert_allclose(x[step], y, rtol=2e-4, atol=1e-7)
+    assert 10 < touched < STEPS - 10
+
+
+def norms_through(rule, norms):
+    """What comes out of each of these norms."""
+    tx = clipjax.clip_by(rule)
+
+    def body(state, n):
+        out, state = tx.update({"w": n[None]}, state)
+        return state, out["w"][0]
+
+    start = tx.init({"w": jnp.zeros(1)})
+    state, out = jax.jit(lambda x: jax.lax.scan(body, start, x))(jnp.asarray(norms))
+    return out, state
+
+
+@pytest.mark.parametrize("rise", [3.0, 10.0])
+def test_a_released_threshold_follows_a_lasting_rise(rise):
+    """As a moving z-score of what it clipped never does by itself."""
+    inside = thresholds.MovingDeviation(warmup=20)
+    noise = np.exp(np.random.default_rng(0).normal(0, 0.1, 400))
+    level = np.where(np.arange(400) < 100, 1.0, rise)
+    stream = np.float32(noise * level)
+    kept, _ = norms_through(inside, stream)
+    assert (kept[300:] < 0.7 * stream[300:]).mean() > 0.9
+    rule = thresholds.Released(inside, patience=10, growth=1.5)
+    out, _ = norms_through(rule, stream)
+    soon = 100 + 10 + math.ceil(math.log(rise) / math.log(1.5)) + 1
+    assert (out[soon:] > 0.9 * stream[soon:]).mean() > 0.9
+
+
+@pytest.mark.parametrize("rule", ["MovingDeviation", "WindowedDeviation"])
+@pytest.mark.parametrize("size", [1e-10, 0.1, 1e10])
+def test_constant_norms_have_a_deviation_that_is_a_number(rule, size):
+    """No variance comes out below zero, or its root would lock the threshold."""
+    make = functools.partial(getattr(thresholds, rule), warmup=2)
+    out, state = norms_through(make(), np.full(300, size, np.float32))
+    np.testing.assert_array_equal(out, np.float32(size))
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(state))
+
+
+def test_a_few_spikes_release_nothing():
+    rule = thresholds.Released(thresholds.MovingMean(1.5, warmup=1), patience=5)
+    stream = np.ones(60, np.float32)
+    stream[20:25] = 100
+    out, state = norms_through(rule, stream)
+    assert out.max() < 1.7
+    assert state.threshold_memory[""].released_scale == 1
+
+
+def test_a_release_may_be_scheduled_traced_and_part_of_others():
+    def rule(growth):
+        mean = thresholds.MovingMean(lambda step: 1.1, warmup=1)
+        return thresholds.Lowest((thresholds.Released(mean, 2, growth), 50.0))
+
+    stream = np.float32([1.0] * 3 + [100.0] * 12)
+    outs = [norms_through(rule(g), stream)[0] for g in (1.5, lambda step: 1.5)]
+    np.testing.assert_array_equal(*outs)
+    traced = jax.vmap(lambda g: norms_through(rule(g), stream)[1].clip.clipped_norm)
+    np.testing.assert_allclose(traced(jnp.array([1.5, 4.0]))[1], 50, rtol=1e-6)
+
+
+def test_a_release_of_each_leaf_is_its_own():
+    tx = clipjax.clip_by(
+        thresholds.Released(thresholds.RunningMinimum(1.5), patience=1, growth=4.0),
+        scope=clipjax.scopes.Unit(axis=0),
+    )
+    update, state = jax.jit(tx.update), tx.init({"w": jnp.ones((2, 3))})
+    for step in range(4):
+        high = [1.0, 1.0 if step == 0 else 9.0, 1.0]
+        if step == 2:
+            high[0] = np.nan  # of such a step nothing is remembered
+        _, state = update({"w": jnp.tile(jnp.array([high]), (2, 1))}, state)
+    memory = state.threshold_memory["w"]
+    np.testing.assert_array_equal(memory.released_scale, [[1, 4, 1]])
+    np.testing.assert_array_equal(memory.above_in_row, [[0, 2, 0]])
+    assert jnp.isfinite(memory.released_memory).all()
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_memories_may_be_donated(name):
+    tx = clipjax.clip_by(RULES[name][0]())
+    updates = {"w": jnp.ones(2)}
+    update = jax.jit(tx.update, donate_argnums=1)
+    _, state = update(updates, tx.init(updates))
+    update(updates, state)
+
+
+def test_a_release_that_cannot_be_right_is_refused():
+    mean = thresholds.MovingMean()
+    with pytest.raises(TypeError, match="rule must be a value with a method"):
+        thresholds.Released(thresholds.MovingMean)
+    with pytest.raises(ValueError, match="growth must be above 1"):
+        thresholds.Released(mean, growth=1.0)
+    with pytest.raises(ValueError, match="patience must not be negative"):
+        thresholds.Released(mean, patience=-1)
+    with pytest.raises(ValueError, match="factor must be positive"):
+        thresholds.RunningMinimum(0.0)
+    with pytest.raises(ValueError, match="rise must not be negative"):
+        thresholds.RunningMinimum(rise=-1.0)

@@ -21,6 +21,10 @@ LAYERS = [
         "patterns",
         "allocations",
         "masks",
+        "prox",
+        "gates",
+        "compressors",
+        "reparametrizations",
     },
     {
         "clipping",

@@ -244,3 +244,19 @@ def test_vmap_axes_are_summed_over():
 def test_more_entries_than_an_int32_holds():
     big = [jax.ShapeDtypeStruct((30_000, 30_000), jnp.float32)] * 3
     assert jax.eval_shape(norms.rms, big).shape == ()
+
+
+def test_a_nan_on_one_device_is_not_lost():
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def both(x):
+        return (
+            norms.inf_norm(x, axis_name="d"),
+            norms.global_norm(x, axis_name="d"),
+        )
+
+    mapped = jax.jit(jax.shard_map(both, mesh=mesh, in_specs=P("d"), out_specs=P()))
+    x = jnp.arange(8.0)
+    assert_same(mapped(x), (jnp.float32(7), jnp.sqrt(jnp.float32(140))))
+    for place in (0, 3, 7):
+        assert all(jnp.isnan(norm) for norm in mapped(x.at[place].set(jnp.nan)))

@@ -13,6 +13,7 @@ import pytest
 from jax import P
 
 from clipjax import _counts as counts, selection
+from clipjax.scores import Magnitude
 from helpers import assert_same, normal, x64
 
 N = 257
@@ -115,6 +116,17 @@ def test_scores_may_be_negative(name, dtype):
         for k in (0, 1, N // 3, N - 1, N):
             (mask,) = select([x], kept(k), (0,))
             np.testing.assert_array_equal(mask, first(x, k))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_magnitudes_rank_as_their_array_does(dtype):
+    x = normal((17, 15), dtype=dtype).at[3].set(jnp.nan)
+    written = jax.jit(select, static_argnums=2)([jnp.abs(x)], kept(40), (0,))
+    unwritten = jax.jit(
+        lambda x, kept: select([Magnitude(x)], kept, (0,)),
+    )(x, kept(40))
+    assert_same(unwritten, written)
+    assert jnp.sum(unwritten[0]) == 40
 
 
 def test_float64_is_not_rounded_to_float32():
@@ -397,3 +409,17 @@ def test_in_shard_map_devices_count_together(ties):
     for one, other in zip(jax.tree.leaves(mask), expected, strict=True):
         np.testing.assert_array_equal(one, other)
     assert threshold == np.float32(np.sort(np.abs(flat(leaves)))[-40])
+
+
+def test_in_shard_map_each_device_may_rank_its_own():
+    """Arrays that no axis name is given for differ from device to device."""
+    rows = normal((8, 20))
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def own(row):
+        return selection.largest(row[0], 6)[None]
+
+    mapped = jax.shard_map(own, mesh=mesh, in_specs=P("d"), out_specs=P("d"))
+    masks = jax.jit(mapped)(rows)
+    for mask, row in zip(jax.device_get(masks), rows, strict=True):
+        np.testing.assert_array_equal(mask, first(np.abs(row), 6))

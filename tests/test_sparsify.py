@@ -197,7 +197,7 @@ def test_a_mask_that_a_wrapper_discards_is_made_up_for():
 # Bits and zeros
 
 
-def test_both_ways_to_store_a_mask_train_alike():
+def test_all_ways_to_store_a_mask_train_alike():
     ramp = optax.polynomial_schedule(0.0, 0.8, 3, 15)
     params, grads = normal(SMALL), normal(SMALL, seed=1)
     runs = [
@@ -207,9 +207,10 @@ def test_both_ways_to_store_a_mask_train_alike():
             grads,
             steps=20,
         )[0]
-        for s in STORAGES.values()
+        for s in (*STORAGES.values(), masks.Booleans())
     ]
     assert_same(runs[0], runs[1], rtol=0)
+    assert_same(runs[0], runs[2], rtol=0)
     assert zeros(runs[0][-1]) == {"a/kernel": 99 - kept(99, 0.8)}
 
 
@@ -224,7 +225,7 @@ def test_a_kept_entry_at_zero_moves_with_bits_only():
         assert_same(second, {"kernel": jnp.array([expected], jnp.float32)})
 
 
-def test_a_mask_costs_a_bit_a_parameter_or_nothing():
+def test_a_mask_costs_a_bit_a_parameter_a_byte_or_nothing():
     shapes = {"a": {"kernel": (64, 256)}, "b": {"kernel": (30, 100)}, "c": (17,)}
     params = normal(shapes)
 
@@ -234,6 +235,7 @@ def test_a_mask_costs_a_bit_a_parameter_or_nothing():
 
     entries, rows, scalars = 64 * 256 + 30 * 100, 64 + 30, 5 * 4
     assert stored(masks.Bits()) <= entries / 8 + rows + scalars
+    assert entries <= stored(masks.Booleans()) <= entries + scalars
     assert stored(masks.Zeros()) <= scalars
 
 
@@ -379,3 +381,67 @@ def test_every_may_be_any_number(every):
         _, state = update(params, state, params)
         made.append(float(state.total_sparsity))
     assert made[0] == made[1] < made[2] == made[3] < made[4]
+
+
+# What it is made of
+
+
+def test_patterns_may_go_by_path():
+    params = normal({"a": {"kernel": (8, 12)}, "b": {"kernel": (9, 11)}})
+
+    def pattern(path, leaf):
+        del leaf
+        return patterns.NofM(2, 4) if path == "a/kernel" else patterns.Unstructured()
+
+    tx = clipjax.sparsify(0.8, pattern=pattern)
+    updates, state = jax.jit(tx.update)(params, tx.init(params), params)
+    after = optax.apply_updates(params, updates)
+    groups = np.asarray(after["a"]["kernel"]).reshape(-1, 4)
+    assert ((groups != 0).sum(1) == 2).all()
+    assert zeros(after)["b/kernel"] == 99 - kept(99, 0.8)
+    np.testing.assert_allclose(state.leaf_sparsity["a/kernel"], 0.5)
+
+
+def test_allocations_may_go_by_path():
+    params = normal(SHAPES)
+    allocation = allocations.by_path(lambda path, s: s / 2 if path[0] == "b" else None)
+    tx = clipjax.sparsify(0.8, allocation=allocation)
+    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    after = optax.apply_updates(params, updates)
+    assert zeros(after) == {"a/kernel": 99 - kept(99, 0.8), "b/kernel": 22}
+
+
+def test_a_cycle_ends_sparse_and_has_the_phases_of_the_paper():
+    """AC/DC for 100 epochs: masks at 10, 20, …, 70 and 85, dense at 15, …, 75."""
+    schedule = clipjax.cyclic_schedule(0.9, 100)
+    shares = np.array([schedule(jnp.int32(step)) for step in range(120)])
+    expected = np.zeros(120)
+    for start in range(10, 80, 10):
+        expected[start : start + 5] = 0.9
+    expected[85:] = 0.9
+    np.testing.assert_allclose(shares, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 19, 1000])
+def test_a_cycle_of_any_length_ends_sparse(steps):
+    schedule = clipjax.cyclic_schedule(0.5, steps)
+    assert schedule(steps - 1) == schedule(10**6) == 0.5
+
+
+def test_phases_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"^warmup and final must fit into 10 steps"):
+        clipjax.cyclic_schedule(0.5, 10, warmup=6, final=5)
+    with pytest.raises(ValueError, match=r"^sparsity must lie between 0 and 1"):
+        clipjax.cyclic_schedule(1.5, 10)
+
+
+@each_storage
+def test_in_a_dense_phase_weights_grow_again(storage):
+    cycle = clipjax.cyclic_schedule(0.8, 8, warmup=1, compressed=2, dense=2, final=2)
+    tx = optax.chain(optax.sgd(0.05), clipjax.sparsify(cycle, storage=storage))
+    history, _ = train(tx, normal(SMALL), normal(SMALL, seed=1), steps=9)
+    counts = [zeros(after)["a/kernel"] for after in history]
+    sparse = 99 - kept(99, 0.8)
+    assert counts == [0, sparse, sparse, 0, 0, 0, sparse, sparse, sparse]
+    before, after = (history[i]["a"]["kernel"] == 0 for i in (2, 8))
+    assert (before & ~after).any()

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import P
 
-from clipjax import norms, scopes, spectra_clip, spectral_clip
+from clipjax import clip_by, norms, scopes, spectra_clip, spectral_clip
 from helpers import assert_same, normal
 
 SHAPES = {
@@ -276,3 +277,125 @@ def test_spectral_norm_of_stacks_vectors_and_extremes():
     assert norms.spectral_norm(jnp.zeros((3, 2))) == 0
     for bad in (jnp.nan, jnp.inf):
         assert not np.isfinite(norms.spectral_norm(matrix.at[0, 0].set(bad))).any()
+
+
+# Eight devices
+
+
+SPLIT = {  # shape, stacked axes, how it is split
+    "rows": ((16, 6), (), P("d")),
+    "long rows": ((32, 3, 4), (), P("d")),
+    "columns": ((6, 16), (), P(None, "d")),
+    "stack": ((8, 4, 6), (0,), P("d")),
+    "both, of two": ((4, 8, 6), (0,), P("e", "d")),
+    "whole": ((4, 6), (), P()),
+}
+
+
+def on_mesh(make, **options):
+    """The clip of all of them inside `shard_map`, and its state."""
+    mesh = jax.make_mesh(
+        (4, 2), ("d", "e"), axis_types=(jax.sharding.AxisType.Auto,) * 2
+    )
+    specs = {name: {"kernel": spec} for name, (_, _, spec) in SPLIT.items()}
+
+    def update(updates):
+        tx = make(
+            specs=lambda path, _: SPLIT[path.split("/")[0]][2],
+            axis_name=("d", "e"),
+        )
+        return tx.update(updates, tx.init(updates))
+
+    return jax.jit(
+        jax.shard_map(
+            update, mesh=mesh, in_specs=(specs,), out_specs=(specs, P()), **options
+        )
+    )
+
+
+def split_updates():
+    """One of them with a value so large that it takes two rounds."""
+    updates = {name: {"kernel": normal(shape)} for name, (shape, _, _) in SPLIT.items()}
+    updates["stack"]["kernel"] = updates["stack"]["kernel"].at[5].multiply(1e4)
+    return updates
+
+
+def stacked(path, leaf):
+    return SPLIT[path.split("/")[0]][1]
+
+
+CLIPS = {
+    "hard": functools.partial(spectral_clip, 1.0, scope=scopes.Unit(stacked=stacked)),
+    "soft": functools.partial(spectra_clip, 1.0, scope=scopes.Unit(stacked=stacked)),
+    "norm of leaves": functools.partial(
+        clip_by, 1.0, scope=scopes.Leaf(), norm=norms.spectral_norm
+    ),
+    "norm of layers": functools.partial(
+        clip_by, 1.0, scope=scopes.Layer(stacked), norm=norms.spectral_norm
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CLIPS)
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_in_shard_map_a_matrix_may_be_split(name, check_vma):
+    updates = split_updates()
+    tx = CLIPS[name]()
+    expected = jax.jit(tx.update)(updates, tx.init(updates))
+    actual = on_mesh(CLIPS[name], check_vma=check_vma)(updates)
+    actual, expected = jax.device_get((actual, expected))
+    assert_same(actual[0], expected[0], rtol=1e-4, atol=2e-4)
+    if check_vma:  # else no one knows which leaves are whole on each device
+        assert_same(actual[1], expected[1], rtol=1e-4)
+
+
+def test_in_shard_map_what_cannot_be_found_is_refused():
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    updates = {"kernel": normal((16, 16))}
+
+    def run(make, names="d", **options):
+        def update(updates):
+            tx = make(**options)
+            return tx.update(updates, tx.init(updates))[0]
+
+        spec = {"kernel": P(names)}
+        return jax.shard_map(update, mesh=mesh, in_specs=(spec,), out_specs=spec)(
+            updates
+        )
+
+    hard = functools.partial(spectral_clip, 1.0)
+    norm = functools.partial(clip_by, 1.0, norm=norms.spectral_norm)
+    for make in (hard, norm):
+        with pytest.raises(ValueError, match=r"Give `axis_name`, and as `specs`"):
+            run(make)
+        with pytest.raises(ValueError, match=r"over the mesh axes \('d',\)"):
+            run(make, axis_name="d")
+        alone = run(make, axis_name=())["kernel"]
+        tx = make()
+        for i in (0, 7):
+            own = {"kernel": updates["kernel"][2 * i : 2 * i + 2]}
+            block, _ = tx.update(own, tx.init(own))
+            assert_same(alone[2 * i : 2 * i + 2], block["kernel"], atol=1e-5)
+        assert_same(run(make, None), tx.update(updates, tx.init(updates))[0], atol=1e-5)
+    with pytest.raises(ValueError, match="Give `spec`"):
+        jax.shard_map(
+            norms.spectral_norm, mesh=mesh, in_specs=P("d"), out_specs=P("d")
+        )(updates["kernel"])
+
+
+def test_in_shard_map_rows_and_columns_cannot_both_be_split():
+    axis_types = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((4, 2), ("d", "e"), axis_types=axis_types)
+    spec = P("d", "e")
+
+    def clip(tx, x):
+        return tx.update(x, tx.init(x))[0]
+
+    run = functools.partial(jax.shard_map, mesh=mesh, in_specs=spec, out_specs=spec)
+    options = {"specs": lambda *_: spec, "axis_name": ("d", "e")}
+    x = normal((16, 8))
+    with pytest.raises(ValueError, match="one of them is whole"):
+        run(functools.partial(clip, spectral_clip(1.0, **options)))(x)
+    by_norm = clip_by(1.0, norm=norms.spectral_norm, **options)
+    alone = clip_by(1.0, norm=norms.spectral_norm)
+    assert_same(run(functools.partial(clip, by_norm))(x), clip(alone, x), rtol=1e-5)

@@ -36,9 +36,12 @@ class _Units(NamedTuple):
 
     norm: Float[Array, ""]  # of the whole update as it came
     clipped_norm: Float[Array, ""]  # and with every unit within its bound
+    sizes: dict[str, Array]  # of the units then, by pool
     factors: dict[str, Array]  # that bring each unit there, by path
     clipped: Bool[Array, ""]  # whether any was above
     param_norm: Float[Array, ""]  # infinity if there are no parameters to go by
+    parts: dict[str, scopes.Part]
+    names: parts_of.Names
 
 
 def adaptive_clip(
@@ -129,8 +132,8 @@ def adaptive_clip(
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        step = state.clip.step
-        most = trees.value_at(ratio, step)
+        step, history = state.clip.step, state.norm_history
+        least, most = (trees.value_at(x, step) for x in (start, ratio))
         units = _units(updates, params, most, scope, specs, axis_name)
         rule = WindowedQuantile(
             trees.value_at(quantile, step),
@@ -141,14 +144,14 @@ def adaptive_clip(
         norm = units.clipped_norm
         single = trees.single(norm)
         bound = jnp.where(
-            state.norm_history[0] < 0,  # nothing is remembered
-            trees.value_at(start, step) * units.param_norm,
-            rule.threshold(state.norm_history, single),
+            history[0] < 0,  # nothing is remembered
+            least * units.param_norm,
+            rule.threshold(history, single),
         )
         scale = responses.scale(norm, bound)
         known = jnp.isfinite(norm)
         longer = rule.remember(
-            state.norm_history, single, bound, single * scale.astype(jnp.float32)
+            history, single, bound, single * scale.astype(jnp.float32)
         )
         new_state = AdaptiveClipState(
             states.after(
@@ -158,16 +161,33 @@ def adaptive_clip(
                 threshold=bound,
                 clipped=units.clipped | (scale != 1),
             ),
-            jnp.where(known & (norm > 0), longer, state.norm_history),
+            jnp.where(known & (norm > 0), longer, history),
         )
-
-        def respond(leaf, factor):
-            out = trees.scale(leaf, factor * scale.astype(factor.dtype))
-            return jnp.where(known, out, jnp.zeros_like(out))
-
-        return trees.map_by_path(respond, updates, units.factors), new_state
+        return _scaled(updates, units, scale, known), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _scaled(
+    updates: PyTree, units: _Units, scale: Float[Array, ""], known: Bool[Array, ""]
+) -> PyTree:
+    """Returns the new updates, and lets the next transform know their norms."""
+
+    def times(leaf, factor):
+        out = trees.scale(leaf, factor * scale.astype(factor.dtype))
+        return jnp.where(known, out, jnp.zeros_like(out))
+
+    changed = trees.map_by_path(times, updates, units.factors)
+    outgoing = {p: x for p, x in trees.floats(changed).items() if p in units.parts}
+    sizes = {pool: (size, scale, known) for pool, size in units.sizes.items()}
+    parts_of.emitted(
+        outgoing, units.parts, norms.global_norm, units.names, sizes, _size_of
+    )
+    return changed
+
+
+def _size_of(size: Array, scale: Array, known: Array) -> Array:
+    return jnp.where(known, size * scale.astype(size.dtype), 0)
 
 
 def _units(
@@ -181,38 +201,41 @@ def _units(
     """Compares every unit with its parameters."""
     leaves = trees.floats(updates)
     if params is None:
-        norm = norms.global_norm(leaves, scaled=True, axis_name=axis_name)
-        ones = {path: jnp.ones([], norm.dtype) for path in leaves}
-        return _Units(norm, norm, ones, jnp.zeros([], bool), jnp.float32(jnp.inf))
+        return _alone(updates, leaves, axis_name)
     found = trees.floats(params)
     for path, leaf in leaves.items():
         check.same_shape("adaptive_clip", path, leaf, found.get(path))
     own = {path: found[path] for path in leaves}
     parts = {path: scope.part(path, found) for path in leaves}
-    names = parts_of.names_of(leaves, parts, specs, axis_name)
+    l2 = norms.global_norm
+    names = parts_of.names_of(leaves, parts, l2, specs, axis_name)
     over = None if specs is None else axis_name
-    measure = parts_of.measure
-    sizes = measure(leaves, parts, norms.global_norm, names)
-    relative = measure(own, parts, norms.global_norm, names)
-    param_norm = parts_of.total(relative, norms.global_norm, over)
+    sizes, relative = (parts_of.measure(x, parts, l2, names) for x in (leaves, own))
+    param_norm = parts_of.total(relative, l2, over)
     known = jnp.isfinite(param_norm)
     counted = parts_of.entries(leaves, parts, names)
     all_entries = sum(x.size * meshes.blocks(x, axis_name) for x in leaves.values())
-    mean = param_norm / jnp.sqrt(jnp.asarray(max(all_entries, 1), param_norm.dtype))
+    mean = param_norm / parts_of.root(all_entries, param_norm)
     factors = {}
     for path, size in sizes.items():
-        root = jnp.sqrt(jnp.asarray(counted[path], jnp.float32)).astype(size.dtype)
+        root = parts_of.root(counted[path], size)
         least = jnp.maximum(_LEAST_SHARE * mean.astype(size.dtype) * root, 1e-3)
         own_norm = relative[path].astype(size.dtype)
         bound = ratio.astype(size.dtype) * jnp.maximum(own_norm, least)
         factors[path] = responses.scale(size, jnp.where(known, bound, jnp.inf))
     after = {path: sizes[path] * factors[path] for path in sizes}
-    above = [factor != 1 for factor in factors.values()]
+    above = parts_of.anywhere([factor != 1 for factor in factors.values()], over)
+    whole, clipped = (parts_of.total(x, l2, over) for x in (sizes, after))
     param_norm = jnp.where(known, param_norm, jnp.inf).astype(jnp.float32)
-    return _Units(
-        parts_of.total(sizes, norms.global_norm, over),
-        parts_of.total(after, norms.global_norm, over),
-        factors,
-        parts_of.anywhere(above, over),
-        jnp.maximum(param_norm, _LEAST_PARAM_NORM),
-    )
+    least = jnp.maximum(param_norm, _LEAST_PARAM_NORM)
+    return _Units(whole, clipped, after, factors, above, least, parts, names)
+
+
+def _alone(updates: PyTree, leaves: dict[str, Array], axis_name: AxisName) -> _Units:
+    """Measures an update without parameters: as one."""
+    norm = parts_of.whole(updates, axis_name)
+    part = scopes.Tree().part("", {})
+    ones = {path: jnp.ones([], norm.dtype) for path in leaves}
+    parts, none = dict.fromkeys(leaves, part), jnp.zeros([], bool)
+    far = jnp.float32(jnp.inf)
+    return _Units(norm, norm, {part.pool: norm}, ones, none, far, parts, axis_name)

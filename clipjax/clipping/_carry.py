@@ -9,6 +9,7 @@ from jaxtyping import Array, Int, PyTree
 
 from .. import _checks as check, _trees as trees, norms
 from .._types import AxisName
+from ._dtypes import common
 
 
 class CarryClippedState(NamedTuple):
@@ -77,8 +78,8 @@ def carry_clipped(
         outgoing = jax.tree.map(_round, outgoing, updates)
 
         def left(old, total, out):
-            rest = total - _like(out, total)
-            return jnp.where(fits & jnp.isfinite(rest), rest, old).astype(old.dtype)
+            rest = (total - _like(out, total)).astype(old.dtype)
+            return jnp.where(fits & jnp.isfinite(rest), rest, old)
 
         sums, outs = trees.floats(total), trees.floats(outgoing)
         new_carry = trees.map_by_path(left, state.carry, sums, outs)
@@ -100,7 +101,7 @@ def _empty(param: Any) -> Array | None:
 def _add(update: Any, carry: Array) -> Any:
     if not trees.is_float(update):
         return update
-    dtype = jnp.promote_types(trees.wide(update).dtype, carry.dtype)
+    dtype = common(trees.wide(update), carry)
     return jnp.asarray(update, dtype) + carry.astype(dtype)
 
 

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from .. import _checks as check, _meshes as meshes, _trees as trees, norms
+from .. import _checks as check, _trees as trees
 from .._types import AxisName, Number, Schedule
 from ..responses import scale as shrink
-from . import _state as states
+from . import _losses as losses, _measure as parts_of, _state as states
 from ._conditional import step_if
+from ._dtypes import common
 from ._state import ClipState
 
 
@@ -90,7 +91,7 @@ dtype=float32))
     def update(updates, state, params=None, **extra_args):
         check.given_params("greedy_clip", params)
         loss = _loss(extra_args, axis_name)
-        norm = norms.global_norm(updates, scaled=True, axis_name=axis_name)
+        norm = parts_of.whole(updates, axis_name)
         bounds = jnp.stack(
             [trees.value_at(c, state.greedy.step) for c in thresholds]
         ).astype(norm.dtype)
@@ -143,14 +144,8 @@ def _loss(extra_args: dict[str, Any], axis_name: AxisName):
     named = {name: arg for name, arg in extra_args.items() if name in names}
 
     def loss(params):
-        value = jnp.asarray(value_fn(params, **named)).astype(jnp.float32)
-        if value.ndim:
-            raise ValueError(
-                f"value_fn must return a scalar, but its result has shape"
-                f" {value.shape}. Return the mean."
-            )
-        axes = meshes.axes_of(value, axis_name)
-        return jax.lax.pmean(value, axes) if axes else value
+        said = "value_fn must return a scalar, but its result has shape"
+        return losses.scalar(value_fn(params, **named), said, axis_name)
 
     return loss
 
@@ -161,7 +156,7 @@ def _moved(params: PyTree, updates: PyTree) -> PyTree:
     def add(p, u):
         if jnp.result_type(u) == jax.dtypes.float0:
             return p
-        dtype = jnp.promote_types(jnp.result_type(p), jnp.result_type(u))
+        dtype = common(p, u)
         return (jnp.asarray(p, dtype) + jnp.asarray(u, dtype)).astype(p.dtype)
 
     return trees.map_by_path(add, params, trees.by_path(updates))

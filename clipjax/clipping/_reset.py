@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from .. import _checks as check, _trees as trees, norms
+from .. import _checks as check, _trees as trees
 from .._types import AxisName, Number, Schedule
 from ..thresholds import History, WindowedQuantile, at_step
+from . import _measure as parts_of
 from ._conditional import step_if
 
 _START = 0.01  # of the usual step is the first one after a reset; the paper's 1 - 0.99
@@ -101,8 +102,7 @@ def reset_moments(
 
     def update(updates, state, params=None, **extra_args):
         check.given_params("reset_moments", params)
-        norm = norms.global_norm(updates, scaled=True, axis_name=axis_name)
-        norm = norm.astype(jnp.float32)
+        norm = parts_of.whole(updates, axis_name).astype(jnp.float32)
         known = jnp.isfinite(norm)
         rule = at_step(usual, state.step)
         bound = rule.threshold(state.reset_norms, norm)

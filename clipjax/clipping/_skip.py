@@ -6,15 +6,14 @@ it can neither be poisoned nor stand still while the training has moved on.
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from .. import _checks as check, _meshes as meshes, _trees as trees, norms
+from .. import _checks as check, _trees as trees
 from .._types import AxisName, Number, Schedule
 from ..thresholds import WindowedQuantile, Winsorized
-from . import _state as states
+from . import _losses as losses, _measure as parts_of, _state as states
 from ._conditional import step_if
 from ._state import ClipState
 
@@ -126,8 +125,7 @@ def skip_spikes(
     def update(updates, state, params=None, **extra_args):
         step = state.skip.step
         rule = rule_at(step)
-        norm = norms.global_norm(updates, scaled=True, axis_name=axis_name)
-        norm = norm.astype(jnp.float32)
+        norm = parts_of.whole(updates, axis_name).astype(jnp.float32)
         loss = _loss(extra_args.get("value"), axis_name)
         known = jnp.isfinite(norm) & ~jnp.isinf(loss)
         bound = rule.threshold(state.recent_norms, norm)
@@ -166,14 +164,8 @@ def _loss(value: Any, axis_name: AxisName) -> Float[Array, ""]:
     """Returns the loss; NaN where none is given, infinity where it is not finite."""
     if value is None:
         return jnp.asarray(jnp.nan, jnp.float32)
-    loss = jnp.asarray(value).astype(jnp.float32)
-    if loss.ndim:
-        raise ValueError(
-            f"value must be the loss, a scalar, but has shape {loss.shape}. Pass its"
-            " mean."
-        )
-    axes = meshes.axes_of(loss, axis_name)
-    loss = jax.lax.pmean(loss, axes) if axes else loss
+    said = "value must be the loss, a scalar, but has shape"
+    loss = losses.scalar(value, said, axis_name)
     return jnp.where(jnp.isfinite(loss), loss, jnp.inf)
 
 

@@ -11,12 +11,14 @@ from .. import _trees as trees
 class ClipState(NamedTuple):
     """The last step of a clip, and how often it acted.
 
-    Norms are of the last step whose norm was finite.
+    Norms are of the last step whose norm was finite.  They are Euclidean, of all leaves
+    together; but of a clip by `norms.inf_norm` or `norms.spectral_norm`, the largest
+    such norm of any part.
     """
 
     step: Int[Array, ""]  # updates seen
-    norm: Float[Array, ""]  # global norm of the incoming update
-    clipped_norm: Float[Array, ""]  # global norm of the outgoing update
+    norm: Float[Array, ""]  # of the incoming update
+    clipped_norm: Float[Array, ""]  # of the outgoing update
     threshold: Float[Array, ""]  # in the unit of the transform's own argument
     clipped_steps: Int[Array, ""]  # updates that were changed
     nonfinite_steps: Int[Array, ""]  # updates with a NaN or an infinity

@@ -8,7 +8,8 @@ from jaxtyping import Array
 from .. import _checks as check, scopes
 from .._types import Axes, AxisName, Number, Schedule
 from ..thresholds import Relative
-from ._engine import named
+from ._plan import Plan
+from ._transform import transform
 
 
 def adaptive_grad_clip(
@@ -59,10 +60,11 @@ def adaptive_grad_clip(
     check.not_negative(clipping=clipping)
     check.positive(eps=eps)
 
-    return named(
+    plan = Plan(
         "adaptive_grad_clip",
         Relative(clipping, eps),
-        scope=scopes.Unit(axis, stacked),
+        scopes.Unit(axis, stacked),
         specs=specs,
         axis_name=axis_name,
     )
+    return transform(plan)

@@ -1,5 +1,6 @@
 """Parameters that come out exactly sparse: the projection at the end of a chain."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -13,11 +14,13 @@ from .. import (
     _trees as trees,
     allocations,
     masks,
+    norms,
     patterns,
     scores,
 )
 from .._types import AxisName, Number, Schedule, Where
 
+_BITS = masks.Bits()
 _NEVER = 2**31 - 1  # the age of a mask that has not been made yet
 
 
@@ -29,17 +32,18 @@ class SparsifyState(NamedTuple):
     mask_bits: dict[str, Array]  # empty if `storage` is `masks.Zeros()`
     leaf_sparsity: dict[str, Float[Array, ""]]  # share of zeros in each leaf's mask
     total_sparsity: Float[Array, ""]  # and in all of them
+    score_memory: dict[str, Array]  # empty if the score has none
 
 
 def sparsify(
     sparsity: Number | Schedule,
     *,
-    score: scores.Score = scores.magnitude,
-    pattern: patterns.Pattern = patterns.Unstructured(),
+    score: scores.Score | scores.Tracked = scores.magnitude,
+    pattern: patterns.Pattern | patterns.PatternByPath = patterns.Unstructured(),
     allocation: allocations.Allocation = allocations.uniform,
     every: Number | Schedule = 1,
     where: Where = masks.weights,
-    storage: masks.Bits | masks.Zeros = masks.Bits(),
+    storage: masks.Storage = masks.Bits(),
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Sets all but the parameters with the highest scores to zero, exactly.
@@ -58,11 +62,12 @@ def sparsify(
     Under `jax.vmap` a mask is searched for in every step, since both branches of a
     condition run; use `jax.lax.map` for a population with a large `every`.
 
-    Memory beside the parameters: with `storage=masks.Bits()` one bit a parameter, with
-    `masks.Zeros()` none.  The two differ only for entries that are kept and exactly
-    zero: without a stored mask these stay at zero until the next is made.  On a mesh
-    with explicit axes, a leaf whose last axis is split into pieces that are no multiple
-    of eight stores a byte an entry; with automatic axes, its bits are gathered.
+    Memory beside the parameters, and beside what the score remembers: one bit a
+    parameter with `storage=masks.Bits()`, none with `masks.Zeros()`.  The two differ
+    only for entries that are kept and exactly zero: without a stored mask these stay at
+    zero until the next is made.  On a mesh with explicit axes, a leaf whose last axis
+    is split into pieces that are no multiple of eight stores a byte an entry; with
+    automatic axes, its bits are gathered.
 
     An update narrower than its parameter leaves in the parameter's dtype, since a
     rounded -θ would not cancel θ.  `optax.apply_if_finite` refuses such a change of
@@ -72,8 +77,11 @@ def sparsify(
         sparsity: s in [0, 1], the share of zeros in all selected leaves together; a
             number, a traced value or a schedule.  At least that share is zero, unless
             the floors of the allocation ask for more entries.
-        score: a function of a parameter and its update, the highest to keep.
-        pattern: in what shape zeros come, from `patterns`.
+        score: a function of a parameter and its update, the highest to keep; or one
+            with a memory, such as `scores.Movement()`, which takes in every step but
+            those with an update that is not finite.
+        pattern: in what shape zeros come, from `patterns`; or a function from path and
+            leaf to a pattern, whose leaves then meet the sparsity by themselves.
         allocation: how the leaves share the sparsity, from `allocations`.
         every: steps between two masks, ≥ 1, rounded down; or a schedule of them.
         where: which leaves are made sparse, by path and leaf; floating leaves of rank 2
@@ -96,10 +104,15 @@ def sparsify(
     """
     check.between(0, 1, sparsity=sparsity)
     check.at_least(1, every=every)
-    check.function(score=score, allocation=allocation, where=where)
-    check.has_method("masks", pattern=pattern)
-    check.one_of(masks.Bits, masks.Zeros, storage=storage)
-    stores = isinstance(storage, masks.Bits)
+    check.function(allocation=allocation, where=where)
+    tracked = score if isinstance(score, scores.Tracked) else None
+    if tracked is None:
+        check.function(score=score)
+    if isinstance(pattern, type) or not callable(pattern):
+        check.has_method("masks", pattern=pattern)
+    check.one_of(masks.Bits, masks.Booleans, masks.Zeros, storage=storage)
+    stores = not isinstance(storage, masks.Zeros)
+    full = functools.partial(_full_bits, storage=storage)
 
     def chosen(params):
         leaves = trees.floats(params)
@@ -110,9 +123,10 @@ def sparsify(
         return SparsifyState(
             jnp.zeros([], jnp.int32),
             jnp.asarray(_NEVER, jnp.int32),
-            {p: _full_bits(x) for p, x in leaves.items()} if stores else {},
+            {p: full(x) for p, x in leaves.items()} if stores else {},
             {p: jnp.zeros([], jnp.float32) for p in leaves},
             jnp.zeros([], jnp.float32),
+            {p: tracked.init(p, x) for p, x in leaves.items()} if tracked else {},
         )
 
     def update(updates, state, params=None, **extra_args):
@@ -121,26 +135,31 @@ def sparsify(
         leaves, moves = chosen(params), trees.floats(updates)
         due = _is_due(state, every)
 
+        moved = {p: x for p, x in leaves.items() if p in moves}
+        memory = state.score_memory
+        if tracked is not None:
+            memory = _tracked(tracked, memory, moved, moves, axis_name)
+
         def search():
-            share = jnp.clip(trees.value_at(sparsity, state.step), 0, 1)
-            moved = {p: x for p, x in leaves.items() if p in moves}
-            scored = [_scored(score, p, x, moves[p]) for p, x in moved.items()]
-            kept = pattern.masks(
-                scored, share, allocation=allocation, axis_name=axis_name
+            kept = patterns.marks(
+                _scored(score, memory, moved, moves),
+                moved,
+                jnp.clip(trees.value_at(sparsity, state.step), 0, 1),
+                pattern=pattern,
+                allocation=allocation,
+                axis_name=axis_name,
             )
-            new = _measured(dict(zip(moved, kept, strict=True)), axis_name)
+            new = _measured(kept, axis_name, storage)
             old = hold()
             return old[0] | new[0], old[1] | new[1], new[2]
 
         def hold():
             bits = state.mask_bits
             if not stores:
-                bits = {p: meshes.zeros(_full_bits, x) for p, x in leaves.items()}
+                bits = {p: meshes.zeros(full, x) for p, x in leaves.items()}
             return bits, state.leaf_sparsity, state.total_sparsity
 
-        bits, shares, total = (
-            jax.lax.cond(due, search, hold) if leaves.keys() & moves.keys() else hold()
-        )
+        bits, shares, total = jax.lax.cond(due, search, hold) if moved else hold()
 
         def emit(update, param, bits, share):
             mask = _unpack(bits, param)
@@ -154,6 +173,7 @@ def sparsify(
             bits if stores else {},
             shares,
             total,
+            memory,
         )
         return trees.map_by_path(emit, updates, leaves, bits, shares), new_state
 
@@ -172,15 +192,51 @@ def _is_due(state: SparsifyState, every: Number | Schedule) -> Bool[Array, ""]:
     return (state.mask_age == _NEVER) | (state.mask_age >= steps.astype(jnp.int32))
 
 
-def _scored(score: scores.Score, path: str, param: Array, update: Array) -> Array:
-    result = score(param, update)
-    check.score_shape(path, result, param)
+def _tracked(
+    score: scores.Tracked,
+    memory: dict[str, Array],
+    params: dict[str, Array],
+    updates: dict[str, Array],
+    axis_name: AxisName,
+) -> dict[str, Array]:
+    """Takes a step into the memory of a score, unless an update is not finite."""
+    if not params:
+        return memory
+    moves = [updates[path] for path in params]
+    known = jnp.isfinite(norms.inf_norm(moves, axis_name=axis_name))
+    result = dict(memory)
+    for path, param in params.items():
+        new = score.track(memory[path], param, updates[path])
+        result[path] = jnp.where(known, new, memory[path])
     return result
 
 
-def _pack(mask: Bool[Array, "..."]) -> Bool[Array, "..."] | UInt8[Array, "..."]:
-    """Packs a mask, unless a byte would lie on two devices."""
-    if not meshes.has_whole_columns(mask, masks.BITS):
+def _scored(
+    score: scores.Score | scores.Tracked,
+    memory: dict[str, Array],
+    params: dict[str, Array],
+    updates: dict[str, Array],
+) -> dict[str, patterns.Scores]:
+    """Scores every parameter; magnitudes are not written to memory."""
+    if score is scores.magnitude:
+        return {path: scores.Magnitude(x) for path, x in params.items()}
+    result = {}
+    for path, param in params.items():
+        if isinstance(score, scores.Tracked):
+            own = score.score(memory[path], param, updates[path])
+        else:
+            own = score(param, updates[path])
+        check.score_shape(path, own, param)
+        result[path] = own
+    return result
+
+
+def _pack(
+    mask: Bool[Array, "..."], storage: masks.Storage = _BITS
+) -> Bool[Array, "..."] | UInt8[Array, "..."]:
+    """Packs a mask, unless booleans are wanted or a byte would lie on two devices."""
+    is_plain = isinstance(storage, masks.Booleans)
+    if is_plain or not meshes.has_whole_columns(mask, masks.BITS):
         return mask
     return masks.pack(mask if mask.ndim else mask[None])
 
@@ -192,11 +248,13 @@ def _unpack(bits: Array, param: Array) -> Bool[Array, "..."]:
     return masks.unpack(bits, columns).reshape(param.shape)
 
 
-def _full_bits(x: Array) -> Array:
-    return _pack(masks.full(x))
+def _full_bits(x: Array, storage: masks.Storage = _BITS) -> Array:
+    return _pack(masks.full(x), storage)
 
 
-def _measured(kept: dict[str, Array], axis_name: AxisName) -> tuple[PyTree, ...]:
+def _measured(
+    kept: dict[str, Array], axis_name: AxisName, storage: masks.Storage = _BITS
+) -> tuple[PyTree, ...]:
     """Packs the masks, and returns the share of zeros in each and in all."""
     dropped, size = {}, {}
     for path, mask in kept.items():
@@ -205,4 +263,4 @@ def _measured(kept: dict[str, Array], axis_name: AxisName) -> tuple[PyTree, ...]
     zeros = {path: number.astype(jnp.float32) for path, number in dropped.items()}
     shares = {path: zeros[path] / float(size[path]) for path in kept}
     total = jnp.sum(jnp.stack(list(zeros.values()))) / float(sum(size.values()))
-    return {path: _pack(mask) for path, mask in kept.items()}, shares, total
+    return {path: _pack(mask, storage) for path, mask in kept.items()}, shares, total

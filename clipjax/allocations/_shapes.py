@@ -1,34 +1,14 @@
-"""How many entries each array may keep, so that all together meet one sparsity.
-
-An allocation is a function of shapes and a sparsity; it returns a `Budget`.  Numbers of
-entries are exact integers, and the sparsity may be traced.  `floor` entries of every
-array always stay, so that no layer dies: where the floors ask for more than the
-sparsity leaves, they win.  Set one with `functools.partial(uniform, floor=16)`.
-"""
+"""Allocations that shapes alone decide."""
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
-from . import _checks as check, _counts as counts
-from ._counts import Count
-from ._types import Number
-
-
-class Budget(NamedTuple):
-    """How many entries to keep, and among which arrays they are compared."""
-
-    kept: Count  # for every group, [groups]
-    groups: tuple[int, ...]  # the group of each array
-    floors: tuple[int, ...]  # how many entries each array keeps in any case
-
-
-Allocation = Callable[[Sequence[tuple[int, ...]], Number], Budget]
-"""From the shapes of the arrays and the sparsity of all of them to a budget."""
+from .. import _counts as counts
+from .._types import Number
+from ._budget import Budget, check_numbers, exactly, kept_of, whole
 
 
 def uniform(
@@ -47,9 +27,9 @@ def uniform(
         >>> uniform([(10, 10), (4,)], 0.9).kept.low
         Array([10,  1], dtype=int32)
     """
-    _check(sparsity, floor)
+    check_numbers(sparsity, floor)
     sizes = [math.prod(shape) for shape in shapes]
-    kept = [_kept(sparsity, size, min(floor, size)) for size in sizes]
+    kept = [kept_of(sparsity, size, min(floor, size)) for size in sizes]
     return Budget(counts.stack(kept), tuple(range(len(sizes))), (0,) * len(sizes))
 
 
@@ -70,11 +50,41 @@ def global_(
         >>> budget.kept.low, budget.groups
         (Array([52], dtype=int32), (0, 0))
     """
-    _check(sparsity, floor)
+    check_numbers(sparsity, floor)
     sizes = [math.prod(shape) for shape in shapes]
     floors = tuple(min(floor, size) for size in sizes)
-    kept = [_kept(sparsity, sum(sizes), sum(floors))]
+    kept = [kept_of(sparsity, sum(sizes), sum(floors))]
     return Budget(counts.stack(kept), (0,) * len(sizes), floors)
+
+
+def erdos_renyi(
+    shapes: Sequence[tuple[int, ...]], sparsity: Number, *, floor: int = 1
+) -> Budget:
+    """Gives larger arrays a higher sparsity, in proportion to inputs and outputs.
+
+    1 - sᵢ = min(1, ε·(in + out)/(in·out)), with ε such that Σᵢ kᵢ = N - ⌈s·N⌉
+
+    The inputs and outputs are the last two axes; a kernel's height and width do not
+    count, in which `erdos_renyi_kernel` differs.  Exactly that many stay, unless the
+    floors ask for more: rounding goes to the largest array that has room.
+
+    Args:
+        shapes: of the arrays, such as (height, width, in, out) of a convolution.
+        sparsity: s in [0, 1], read to seven decimals; may be traced.
+        floor: entries that every array keeps.
+
+    Example:
+        >>> erdos_renyi([(3, 3, 10, 10), (100, 10)], 0.9).kept.low
+        Array([117,  73], dtype=int32)
+
+    Reference:
+        Decebal Constantin Mocanu, Elena Mocanu, Peter Stone, Phuong H. Nguyen,
+        Madeleine Gibescu, Antonio Liotta, Scalable Training of Artificial Neural
+        Networks with Adaptive Sparse Connectivity inspired by Network Science, 2017,
+        https://arxiv.org/abs/1707.04780
+    """
+    ratios = [sum(s[-2:]) / max(math.prod(s[-2:]), 1) for s in shapes]
+    return _proportional(shapes, np.array(ratios), sparsity, floor)
 
 
 def erdos_renyi_kernel(
@@ -100,10 +110,20 @@ def erdos_renyi_kernel(
         Utku Evci, Trevor Gale, Jacob Menick, Pablo Samuel Castro, Erich Elsen, Rigging
         the Lottery: Making All Tickets Winners, 2020, https://arxiv.org/abs/1911.11134
     """
-    _check(sparsity, floor)
+    ratios = [sum(s) / max(math.prod(s), 1) for s in shapes]
+    return _proportional(shapes, np.array(ratios), sparsity, floor)
+
+
+def _proportional(
+    shapes: Sequence[tuple[int, ...]],
+    ratios: np.ndarray,
+    sparsity: Number,
+    floor: int,
+) -> Budget:
+    """Gives every array a density in proportion to its ratio, or all of its entries."""
+    check_numbers(sparsity, floor)
     sizes = [math.prod(shape) for shape in shapes]
-    wanted = _kept(sparsity, sum(sizes), 0)
-    ratios = np.array([sum(s) / max(math.prod(s), 1) for s in shapes])
+    wanted = kept_of(sparsity, sum(sizes), 0)
     # Arrays saturate in the order of their ratio: try every number of dense ones.
     order = np.argsort(-ratios, kind="stable")
     dense = np.concatenate([[0], np.cumsum(np.array(sizes)[order])])[:-1]
@@ -112,41 +132,7 @@ def erdos_renyi_kernel(
     fits = scales * ratios[order].astype(np.float32) <= 1
     scale = jnp.where(jnp.any(fits), scales[jnp.argmax(fits)], jnp.inf)
     shares = jnp.minimum(scale * ratios.astype(np.float32), 1)
-    kept = [_whole(shares[i] * np.float32(size)) for i, size in enumerate(sizes)]
+    kept = [whole(shares[i] * np.float32(size)) for i, size in enumerate(sizes)]
     floors = [min(floor, size) for size in sizes]
     groups = tuple(range(len(sizes)))
-    return Budget(_exactly(wanted, kept, sizes, floors), groups, (0,) * len(sizes))
-
-
-def _check(sparsity: Number, floor: int) -> None:
-    check.between(0, 1, sparsity=sparsity)
-    check.whole(0, floor=floor)
-
-
-def _kept(sparsity: Number, size: int, floor: int) -> Count:
-    kept = counts.of(size) - counts.zeros_of(sparsity, size)
-    return counts.clip(kept, counts.of(floor), counts.of(size))
-
-
-def _whole(number: Float[Array, ""]) -> Count:
-    """Rounds down."""
-    high = jnp.floor(number / 2**16)
-    low = jnp.floor(number - high * 2**16)
-    return counts.normal(high.astype(jnp.int32), low.astype(jnp.int32))
-
-
-def _exactly(
-    wanted: Count, kept: list[Count], sizes: Sequence[int], floors: Sequence[int]
-) -> Count:
-    """Brings numbers into their bounds, and their sum to what is wanted."""
-    bounds = [
-        (counts.of(low), counts.of(high))
-        for low, high in zip(floors, sizes, strict=True)
-    ]
-    result = [counts.clip(k, *b) for k, b in zip(kept, bounds, strict=True)]
-    rest = wanted - counts.total(counts.stack(result))
-    for i in sorted(range(len(kept)), key=lambda i: -sizes[i]):
-        moved = result[i] - (counts.of(0) - rest)
-        result[i] = counts.clip(moved, *bounds[i])
-        rest = moved - result[i]
-    return counts.stack(result)
+    return Budget(exactly(wanted, kept, sizes, floors), groups, (0,) * len(sizes))

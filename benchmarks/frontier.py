@@ -1,0 +1,185 @@
+"""The frontier on MNIST: error against the ratio of all entries to those not zero.
+
+One recipe a model, of the public API only.  Every entry counts that is not zero, biases
+included.  What is chosen is chosen on 5,000 held-out training images; the test images
+are judged once, in the end.
+"""
+
+import argparse
+import collections
+import functools
+import json
+import pathlib
+import statistics
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import clipjax
+from clipjax import allocations
+from clipjax.examples import data, linen_nets, train
+
+
+class Recipe(NamedTuple):
+    """How a network is trained and made sparse.
+
+    Adam with decoupled weight decay; the rate rises over an epoch and falls along a
+    cosine.  Sparsity rises along a cubic from `start` to `stop`, as shares of the
+    training, by one ranking of the entries of all leaves, biases among them.
+    """
+
+    rate: float = 2e-3
+    decay: float = 0.05  # of the weights, times the rate
+    balance: float = 0.3  # scores are divided by this power of their leaf's rms
+    epochs: int = 60
+    start: float = 0.1
+    stop: float = 0.65
+    batch: int = 128
+    every: int = 32  # steps between two masks
+
+
+class Goal(NamedTuple):
+    """A line of the table."""
+
+    net: str
+    ratio: float  # entries to entries that are not zero
+    asked: float  # error in per cent
+    recipe: Recipe
+
+
+GOALS = (
+    Goal("lenet_300_100", 10, 1.5, Recipe()),
+    Goal("lenet_300_100", 20, 1.5, Recipe()),
+    Goal("lenet_300_100", 68, 1.92, Recipe()),
+    Goal("lenet_5", 108, 0.91, Recipe(epochs=40)),
+    Goal("lenet_5", 280, 0.75, Recipe(epochs=40)),
+)
+
+
+def balanced(param, update=None, *, power):
+    """Scores by magnitude, between that of the entry and that within its leaf."""
+    del update
+    rms = jnp.sqrt(jnp.mean(jnp.square(param)))
+    return jnp.abs(param) / jnp.maximum(rms, 1e-12) ** power
+
+
+def optimizer(recipe, sparsity, steps, epoch):
+    """Returns the chain of a recipe."""
+    rate = optax.warmup_cosine_decay_schedule(0.0, recipe.rate, epoch, steps)
+    first, last = int(recipe.start * steps), int(recipe.stop * steps)
+    ramp = optax.polynomial_schedule(
+        0.0, sparsity, power=3, transition_steps=last - first, transition_begin=first
+    )
+    return optax.chain(
+        clipjax.clip_by_global_norm(1.0),
+        optax.adamw(rate, weight_decay=recipe.decay),
+        clipjax.sparsify(
+            ramp,
+            score=functools.partial(balanced, power=recipe.balance),
+            allocation=allocations.global_,
+            every=recipe.every,
+            where=lambda path, leaf: True,
+        ),
+    )
+
+
+def train_one(goal, dataset, seed, *, shift, judge=True):
+    """Trains one network, and returns its errors in per cent and what is left."""
+    recipe = goal.recipe
+    net = getattr(linen_nets, goal.net)()
+    count = len(dataset.train.labels)
+    epoch = train.steps_per_epoch(count, batch_size=recipe.batch)
+    size = sum(x.size for x in jax.tree.leaves(_shapes(net, dataset)))
+    sparsity = 1 - int(size / goal.ratio) / size
+    tx = optimizer(recipe, sparsity, recipe.epochs * epoch, epoch)
+    first, moves = jax.random.split(jax.random.key(seed))
+    state = train.start(net, tx, shape=dataset.shape, key=first)
+    orders = train.shuffles(
+        count, batch_size=recipe.batch, epochs=recipe.epochs, seed=seed
+    )
+    begin = time.perf_counter()
+    run = train.loop(net, tx, shift=shift)
+    parts = train.fit(run, state, dataset.train, orders=orders, key=moves)
+    state, _ = collections.deque(parts, maxlen=1).pop()  # the last
+    # What is tuned looks at the validation images only.
+    splits = {"validation": dataset.validation}
+    if judge:
+        splits["test"] = dataset.test
+    errors = {
+        name: 100 * (1 - train.accuracy(net, state.params, split))
+        for name, split in splits.items()
+    }
+    left = sum(int(jnp.count_nonzero(x)) for x in jax.tree.leaves(state.params))
+    return errors | {
+        "left": left,
+        "ratio": size / left,
+        "bytes": -(-size // 8) + 4 * left,
+        "seconds": time.perf_counter() - begin,
+    }
+
+
+def _shapes(net, dataset):
+    return jax.eval_shape(lambda key: net.init(key, dataset.shape), jax.random.key(0))
+
+
+def table(results):
+    """Returns the table as Markdown."""
+    lines = [
+        "| network | ratio | images moved | test error, % | worst seed | asked |"
+        " validation, % | seeds | entries | bytes | minutes a seed |",
+        "| ------- | ----: | :----------: | ------------: | ---------: | ----: |"
+        " ------------: | ----: | ------: | ----: | -------------: |",
+    ]
+    for goal in GOALS:
+        for shift in (1, 0):
+            runs = list(results.get(_name(goal, shift), {}).values())
+            if runs:
+                lines.append(_line(goal, shift, runs))
+    return "\n".join(lines)
+
+
+def _line(goal, shift, runs):
+    middle = {key: statistics.mean(run[key] for run in runs) for key in runs[0]}
+    worst = max(run["test"] for run in runs)
+    moved = "by a pixel" if shift else "no"
+    return (
+        f"| {goal.net} | {middle['ratio']:.1f} | {moved} | {middle['test']:.2f} |"
+        f" {worst:.2f} | {goal.asked} | {middle['validation']:.2f} | {len(runs)} |"
+        f" {middle['left']:,.0f} | {middle['bytes']:,.0f} |"
+        f" {middle['seconds'] / 60:.1f} |"
+    )
+
+
+def _name(goal, shift):
+    return f"{goal.net} {goal.ratio:g}x, moved by {shift}"
+
+
+def main():
+    """Trains what is not in the file yet, and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=pathlib.Path, required=True, help="idx files")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="a JSON file")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--only", default="", help="names that hold this")
+    parser.add_argument("--shift", type=int, nargs="*", default=[1, 0])
+    options = parser.parse_args()
+    dataset = data.idx_folder(options.data)
+    results = json.loads(options.out.read_text()) if options.out.exists() else {}
+    for seed in range(options.seeds):
+        for goal in GOALS:
+            for shift in options.shift:
+                name = _name(goal, shift)
+                own = results.setdefault(name, {})
+                if options.only not in name or str(seed) in own:
+                    continue
+                own[str(seed)] = train_one(goal, dataset, seed, shift=shift)
+                print(name, seed, own[str(seed)], flush=True)
+                options.out.write_text(json.dumps(results, indent=1) + "\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""Losses that come as extra arguments."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .. import _meshes as meshes
+from .._types import AxisName
+
+
+def scalar(value: Any, said: str, axis_name: AxisName) -> Float[Array, ""]:
+    """Returns a loss in float32, averaged where devices differ.
+
+    Raises what is said, with the shape behind, if it is none.
+    """
+    loss = jnp.asarray(value).astype(jnp.float32)
+    if loss.ndim:
+        raise ValueError(f"{said} {loss.shape}. Pass the mean.")
+    axes = meshes.axes_of(loss, axis_name)
+    return jax.lax.pmean(loss, axes) if axes else loss

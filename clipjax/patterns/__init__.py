@@ -1,0 +1,21 @@
+"""In what shape zeros come: from scores and a sparsity to masks.
+
+A pattern is a frozen value with one method, `masks`; `sparsify` calls it with the
+scores of all leaves together, so that a pattern may compare them.  Where a network
+needs several patterns, a function of path and leaf takes the place of the pattern, and
+the leaves of each pattern share the sparsity among themselves.
+
+Inside `jax.shard_map`, `NofM` and `Blocks` need groups and blocks that lie on one
+device, and `Channels` and `FanIn` refuse a leaf that is split.  Under `jax.jit` all are
+right on any mesh.
+"""
+
+from ._blocks import Blocks as Blocks
+from ._by_path import PatternByPath as PatternByPath, marks as marks
+from ._channels import Channels as Channels
+from ._combined import Combined as Combined
+from ._fan_in import FanIn as FanIn
+from ._n_of_m import NofM as NofM
+from ._pattern import Pattern as Pattern, Scores as Scores
+from ._pools import l2 as l2, max as max, mean as mean
+from ._unstructured import Unstructured as Unstructured

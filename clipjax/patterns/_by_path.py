@@ -1,0 +1,72 @@
+"""Several patterns in one model: which leaf has which is told by its path."""
+
+from collections.abc import Callable, Mapping
+
+from jaxtyping import Array, Bool
+
+from .. import allocations
+from .._types import AxisName, Number
+from ..allocations import Allocation
+from ._pattern import Pattern, Scores, written
+from ._unstructured import Unstructured
+
+PatternByPath = Callable[[str, Array], Pattern]
+"""From the path of a leaf and the leaf to its pattern."""
+
+
+def marks(
+    scores: Mapping[str, Scores],
+    leaves: Mapping[str, Array],
+    sparsity: Number,
+    *,
+    pattern: Pattern | PatternByPath,
+    allocation: Allocation,
+    axis_name: AxisName = None,
+) -> dict[str, Bool[Array, "..."]]:
+    """Marks what stays in each leaf, by path.
+
+    The leaves of one pattern share the sparsity among themselves: each pattern meets
+    it by itself.
+
+    Args:
+        scores: of every leaf, the highest to keep, or `scores.Magnitude` of it.
+        leaves: the parameters, for a pattern that is chosen by leaf.
+        sparsity: the share of zeros, in [0, 1].
+        pattern: one for all, or a function of path and leaf.
+        allocation: how leaves share the sparsity; it may go by path.
+        axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from clipjax.allocations import uniform
+        >>> from clipjax.patterns import NofM
+        >>> scores = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([3.0, 4.0])}
+        >>> own = lambda path, leaf: NofM(2, 2) if path == "a" else Unstructured()
+        >>> marks(scores, scores, 0.5, pattern=own, allocation=uniform)
+        {'a': Array([ True,  True], dtype=bool), 'b': Array([False,  True], dtype=bool)}
+    """
+    groups: list[tuple[Pattern, list[str]]] = []
+    for path in scores:
+        own = pattern if isinstance(pattern, Pattern) else pattern(path, leaves[path])
+        if not isinstance(own, Pattern):
+            raise TypeError(
+                f"pattern must return a value with a method `masks`, but at {path!r} it"
+                f" returned {own!r}."
+            )
+        paths = next((paths for known, paths in groups if known == own), None)
+        if paths is None:
+            groups.append((own, [path]))
+        else:
+            paths.append(path)
+    result = {}
+    for own, paths in groups:
+        # Magnitudes are spared the way through memory where a pattern can rank them.
+        takes = isinstance(own, Unstructured)
+        kept = own.masks(
+            [scores[path] if takes else written(scores[path]) for path in paths],
+            sparsity,
+            allocation=allocations.at_paths(allocation, paths),
+            axis_name=axis_name,
+        )
+        result |= dict(zip(paths, kept, strict=True))
+    return {path: result[path] for path in scores}

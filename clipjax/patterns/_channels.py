@@ -1,0 +1,67 @@
+"""Whole units of a layer."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from .. import masks
+from .._types import AxisName, Number
+from ..allocations import Allocation
+from ._blocks import Pool
+from ._pattern import Scores, axis_of, best, refuse_split, written
+from ._pools import l2
+
+
+@dataclasses.dataclass(frozen=True)
+class Channels:
+    """Keeps the units with the highest scores: all that has one index along an axis.
+
+    The number of units is exact; of equal units the first stay.  The sparsity is that
+    of units, and the allocation sees their numbers.  The units of different leaves are
+    chosen apart: what a unit feeds in the next layer stays.
+
+    Args:
+        axis: along which units are counted; the default is Flax's axis of outputs, and
+            -2 that of inputs.
+        pool: how the scores of a unit become one: `l2`, `mean`, `max`, or any function
+            that keeps the axes with length 1.  What is not finite spoils its unit.
+
+    Example:
+        >>> from clipjax import allocations
+        >>> scores = [jnp.array([[3.0, 1.0, 2.0], [0.0, 1.0, 3.0]])]
+        >>> units = Channels().masks(scores, 2 / 3, allocation=allocations.uniform)
+        >>> units[0].astype(int)
+        Array([[0, 0, 1],
+               [0, 0, 1]], dtype=int32)
+
+    Reference:
+        Hao Li, Asim Kadav, Igor Durdanovic, Hanan Samet, Hans Peter Graf, Pruning
+        Filters for Efficient ConvNets, 2016, https://arxiv.org/abs/1608.08710
+    """
+
+    axis: int = -1
+    pool: Pool = l2
+
+    def masks(
+        self,
+        scores: Sequence[Scores],
+        sparsity: Number,
+        *,
+        allocation: Allocation,
+        axis_name: AxisName = None,
+    ) -> list[Bool[Array, "..."]]:
+        """Marks what stays; arguments as for `Unstructured.masks`."""
+        arrays = [written(x) for x in scores]
+        pooled, others = [], []
+        for x in arrays:
+            refuse_split(self, x, axis_name)
+            axis = axis_of(self, self.axis, x)
+            others.append(tuple(i for i in range(x.ndim) if i != axis))
+            pooled.append(jnp.squeeze(self.pool(x, others[-1]), others[-1]))
+        kept = best(pooled, sparsity, allocation=allocation, axis_name=axis_name)
+        return [
+            jnp.expand_dims(mask, axes) & masks.full(x)
+            for mask, axes, x in zip(kept, others, arrays, strict=True)
+        ]

@@ -1,0 +1,74 @@
+"""One pattern inside what another keeps."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from .. import _checks as check
+from .._types import AxisName, Number
+from ..allocations import Allocation
+from ._pattern import Pattern, Scores, written
+
+
+@dataclasses.dataclass(frozen=True)
+class Combined:
+    """Keeps what two patterns keep: the inner one chooses among what the outer leaves.
+
+    What the outer pattern drops ranks lowest for the inner one.  With an inner pattern
+    of a fixed sparsity, such as `NofM`, the sparsity that is asked for is that of the
+    outer: in its kept channels N of M entries stay.  Else give the outer one its own,
+    and the total is the inner one's, exactly.
+
+    Args:
+        outer: the pattern that is applied first, such as `Channels()`.
+        inner: the pattern inside of it.
+        outer_sparsity: of the outer pattern; `None` for what is asked for, which it
+            never exceeds.
+
+    Example:
+        >>> from clipjax import allocations
+        >>> from clipjax.patterns import Channels, NofM
+        >>> scores = [jnp.array([[3.0, 1.0], [2.0, 1.0], [5.0, 4.0], [6.0, 1.0]])]
+        >>> both = Combined(Channels(), NofM(2, 4, axis=0))
+        >>> both.masks(scores, 0.5, allocation=allocations.uniform)[0].astype(int)
+        Array([[0, 0],
+               [0, 0],
+               [1, 0],
+               [1, 0]], dtype=int32)
+    """
+
+    outer: Pattern
+    inner: Pattern
+    outer_sparsity: Number | None = None
+
+    def __post_init__(self):
+        check.has_method("masks", outer=self.outer, inner=self.inner)
+        if self.outer_sparsity is not None:
+            check.between(0, 1, outer_sparsity=self.outer_sparsity)
+
+    def masks(
+        self,
+        scores: Sequence[Scores],
+        sparsity: Number,
+        *,
+        allocation: Allocation,
+        axis_name: AxisName = None,
+    ) -> list[Bool[Array, "..."]]:
+        """Marks what stays; arguments as for `Unstructured.masks`."""
+        arrays = [written(x) for x in scores]
+        first = jnp.asarray(sparsity, jnp.float32)
+        if self.outer_sparsity is not None:
+            first = jnp.minimum(first, jnp.asarray(self.outer_sparsity, jnp.float32))
+        outer = self.outer.masks(
+            arrays, first, allocation=allocation, axis_name=axis_name
+        )
+        left = [
+            jnp.where(mask, x, jnp.asarray(jnp.nan, x.dtype))
+            for mask, x in zip(outer, arrays, strict=True)
+        ]
+        inner = self.inner.masks(
+            left, sparsity, allocation=allocation, axis_name=axis_name
+        )
+        return [a & b for a, b in zip(outer, inner, strict=True)]

@@ -1,0 +1,37 @@
+"""How the scores of a block become one."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .. import _trees as trees, norms
+from .._types import Axes
+
+
+def mean(scores: Float[Array, "..."], axis: Axes) -> Float[Array, "..."]:
+    """Returns the mean over some axes, kept with length 1.
+
+    Example:
+        >>> mean(jnp.array([[3.0, 4.0]]), -1)
+        Array([[3.5]], dtype=float32)
+    """
+    return jnp.mean(trees.wide(scores), axis, keepdims=True)
+
+
+def max(scores: Float[Array, "..."], axis: Axes) -> Float[Array, "..."]:
+    """Returns the highest score over some axes, kept with length 1.
+
+    Example:
+        >>> max(jnp.array([[3.0, 4.0]]), -1)
+        Array([[4.]], dtype=float32)
+    """
+    return jnp.max(trees.wide(scores), axis, keepdims=True)
+
+
+def l2(scores: Float[Array, "..."], axis: Axes) -> Float[Array, "..."]:
+    """Returns the Euclidean norm over some axes, kept with length 1.
+
+    Example:
+        >>> l2(jnp.array([[3.0, 4.0]]), -1)
+        Array([[5.]], dtype=float32)
+    """
+    return norms.unit_norm(scores, axis)

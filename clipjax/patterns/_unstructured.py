@@ -1,0 +1,46 @@
+"""Zeros wherever the scores are lowest."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from jaxtyping import Array, Bool
+
+from .._types import AxisName, Number
+from ..allocations import Allocation
+from ._pattern import Scores, best
+
+
+@dataclasses.dataclass(frozen=True)
+class Unstructured:
+    """Keeps the entries with the highest scores, wherever they stand.
+
+    The number of entries is exact; of equal scores the first, in the order of leaves
+    and indices, stay.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from clipjax import allocations
+        >>> scores = [jnp.array([3.0, 1.0, 2.0, 2.0])]
+        >>> Unstructured().masks(scores, 0.5, allocation=allocations.uniform)
+        [Array([ True, False,  True, False], dtype=bool)]
+    """
+
+    def masks(
+        self,
+        scores: Sequence[Scores],
+        sparsity: Number,
+        *,
+        allocation: Allocation,
+        axis_name: AxisName = None,
+    ) -> list[Bool[Array, "..."]]:
+        """Marks what stays.
+
+        Args:
+            scores: of every leaf, the highest to keep, or `scores.Magnitude` of it;
+                NaN ranks lowest.
+            sparsity: the share of zeros in all leaves together, in [0, 1].
+            allocation: how the leaves share it, from `allocations`.
+            axis_name: inside `jax.shard_map`, the mesh axes over which leaves are
+                split; along their first axis, where the allocation asks for shapes.
+        """
+        return best(scores, sparsity, allocation=allocation, axis_name=axis_name)

@@ -1,0 +1,155 @@
+"""Penalties that level off, so that large entries are not shrunk.
+
+Where a step is longer than the penalty is curved, its objective has two minima, and the
+lower is taken: the soft threshold turns into a hard one.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Inexact
+
+from .. import _checks as check
+from .._types import Axes, AxisName, Number, Schedule
+from ._entries import like, resized, total
+
+
+@dataclasses.dataclass(frozen=True)
+class MCP:
+    """The minimax concave penalty, which the firm threshold answers.
+
+    Σᵢ λ|xᵢ| - xᵢ²/(2γ) where |xᵢ| ≤ γλ, else ½γλ²
+
+    For γ > η, prox(x) is 0 up to |x| = ηλ, sign(x)·(|x| - ηλ)/(1 - η/γ) up to γλ, and x
+    above.  Else it is 0 up to λ√(ηγ), and x above.
+
+    Args:
+        strength: λ ≥ 0, a number or a traced value; a schedule inside `proximal`.
+        gamma: γ > 0, likewise: how far beyond λ the penalty still grows.
+
+    Example:
+        >>> MCP(1.0, gamma=2.0).prox(jnp.array([0.5, -1.5, 3.0]), step_size=1.0)
+        Array([ 0., -1.,  3.], dtype=float32)
+
+    Reference:
+        Cun-Hui Zhang, Nearly Unbiased Variable Selection under Minimax Concave Penalty,
+        2010, https://arxiv.org/abs/1002.4734
+    """
+
+    strength: Number | Schedule
+    gamma: Number | Schedule = 3.0
+
+    def __post_init__(self):
+        """Checks the arguments."""
+        check.not_negative(strength=self.strength)
+        check.positive(gamma=self.gamma)
+
+    def prox(
+        self,
+        x: Inexact[Array, "..."],
+        step_size: Number,
+        *,
+        axis: Axes | None = None,
+        axis_name: AxisName = None,
+    ) -> Inexact[Array, "..."]:
+        """Returns argmin_z ½·‖z - x‖² + η·penalty(z); see `Penalty.prox`."""
+        del axis, axis_name
+
+        def shrink(a):
+            eta, lam, gamma = (like(v, a) for v in (step_size, *self._numbers()))
+            is_convex = gamma > eta
+            slope = jnp.where(is_convex, 1 - eta / gamma, 1)
+            soft = jnp.minimum(jnp.maximum(a - eta * lam, 0) / slope, a)
+            low = jnp.where(is_convex, soft, 0)
+            edge = lam * jnp.where(is_convex, gamma, jnp.sqrt(eta * gamma))
+            return jnp.where(a <= edge, low, a)
+
+        return resized(x, shrink)
+
+    def penalty(
+        self, x: Inexact[Array, "..."], *, axis: Axes | None = None
+    ) -> Float[Array, ""]:
+        """Returns the penalty, in float32 or wider."""
+        del axis
+
+        def value(a):
+            lam, gamma = (like(v, a) for v in self._numbers())
+            near = jnp.minimum(a, gamma * lam)
+            return lam * near - jnp.square(near) / (2 * gamma)
+
+        return total(x, value, 1.0)
+
+    def _numbers(self):
+        return self.strength, self.gamma
+
+
+@dataclasses.dataclass(frozen=True)
+class SCAD:
+    """The smoothly clipped absolute deviation.
+
+    Its slope is λ up to λ, falls to 0 at aλ, and stays there.
+
+    For η < a - 1, prox(x) is the soft threshold for |x| ≤ (1 + η)λ,
+    ((a - 1)·x - sign(x)·ηaλ) / (a - 1 - η) up to aλ, and x above.  Else it is the soft
+    threshold up to λ(a + 1 + η)/2, or λ√(η(a + 1)) if η > a + 1, and x above.
+
+    Args:
+        strength: λ ≥ 0, a number or a traced value; a schedule inside `proximal`.
+        a: a ≥ 2, likewise; 3.7 as in the paper.
+
+    Example:
+        >>> SCAD(1.0, a=3.0).prox(jnp.array([0.5, -1.5, 2.5, 4.0]), step_size=1.0)
+        Array([ 0. , -0.5,  2. ,  4. ], dtype=float32)
+
+    Reference:
+        Jianqing Fan, Runze Li, Variable Selection via Nonconcave Penalized Likelihood
+        and its Oracle Properties, 2001, https://doi.org/10.1198/016214501753382273
+    """
+
+    strength: Number | Schedule
+    a: Number | Schedule = 3.7
+
+    def __post_init__(self):
+        """Checks the arguments."""
+        check.not_negative(strength=self.strength)
+        check.at_least(2, a=self.a)
+
+    def prox(
+        self,
+        x: Inexact[Array, "..."],
+        step_size: Number,
+        *,
+        axis: Axes | None = None,
+        axis_name: AxisName = None,
+    ) -> Inexact[Array, "..."]:
+        """Returns argmin_z ½·‖z - x‖² + η·penalty(z); see `Penalty.prox`."""
+        del axis, axis_name
+
+        def shrink(r):
+            eta, lam, a = (like(v, r) for v in (step_size, *self._numbers()))
+            is_convex = eta < a - 1
+            soft = jnp.maximum(r - eta * lam, 0)
+            rest = jnp.where(is_convex, a - 1 - eta, 1)
+            middle = jnp.minimum(((a - 1) * r - eta * a * lam) / rest, r)
+            low = jnp.where(is_convex & (r > (1 + eta) * lam), middle, soft)
+            jump = jnp.where(eta > a + 1, jnp.sqrt(eta * (a + 1)), (a + 1 + eta) / 2)
+            return jnp.where(r <= lam * jnp.where(is_convex, a, jump), low, r)
+
+        return resized(x, shrink)
+
+    def penalty(
+        self, x: Inexact[Array, "..."], *, axis: Axes | None = None
+    ) -> Float[Array, ""]:
+        """Returns the penalty, in float32 or wider."""
+        del axis
+
+        def value(r):
+            lam, a = (like(v, r) for v in self._numbers())
+            near = jnp.minimum(r, a * lam)
+            bent = jnp.square(jnp.maximum(near - lam, 0)) / (2 * (a - 1))
+            return lam * near - bent
+
+        return total(x, value, 1.0)
+
+    def _numbers(self):
+        return self.strength, self.a

@@ -1,0 +1,67 @@
+"""What all penalties are made of: magnitudes of entries, changed one by one."""
+
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Inexact
+
+from .. import _trees as trees
+from .._types import Axes, AxisName, Number, Schedule
+
+
+@runtime_checkable
+class Penalty(Protocol):
+    """What a penalty has to offer."""
+
+    def prox(
+        self,
+        x: Inexact[Array, "..."],
+        step_size: Number,
+        *,
+        axis: Axes | None = None,
+        axis_name: AxisName = None,
+    ) -> Inexact[Array, "..."]:
+        """Returns argmin_z ½·‖z - x‖² + η·penalty(z), in the dtype of `x`.
+
+        Args:
+            x: one leaf, real or complex.
+            step_size: η ≥ 0.
+            axis: the axes that a group spans, `None` for all; read by groups only.
+            axis_name: inside `jax.shard_map`, the mesh axes over which groups are
+                split; read by groups only.
+        """
+        ...
+
+    def penalty(
+        self, x: Inexact[Array, "..."], *, axis: Axes | None = None
+    ) -> Float[Array, ""]:
+        """Returns the penalty of a leaf, in float32 or wider."""
+        ...
+
+
+def resized(x: Array, function: Callable[[Array], Array]) -> Array:
+    """Applies a function to the magnitudes; signs, phases and the dtype stay."""
+    wide = trees.wide(x)
+    old = jnp.abs(wide)
+    new = function(old)
+    if jnp.iscomplexobj(wide):
+        factor = new / jnp.where(old > 0, old, 1)  # what is zero stays zero
+        result = jnp.where(new == old, wide, wide * factor.astype(wide.dtype))
+    else:
+        result = jnp.copysign(new, wide)
+    result = jnp.where(new == 0, jnp.zeros_like(result), result)
+    return result.astype(jnp.result_type(x))
+
+
+def total(
+    x: Array, function: Callable[[Array], Array], strength: Number | Schedule
+) -> Float[Array, ""]:
+    """Returns λ·Σᵢ f(|xᵢ|), in float32 or wider."""
+    value = jnp.sum(function(jnp.abs(trees.wide(x))))
+    return like(strength, value) * value
+
+
+def like(number: Any, x: Array) -> Array:
+    """Returns a number in the dtype of a magnitude."""
+    return jnp.asarray(number).astype(x.dtype)

@@ -1,0 +1,61 @@
+"""The number of entries that are not zero."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Inexact
+
+from .. import _checks as check
+from .._types import Axes, AxisName, Number, Schedule
+from ._entries import like, resized, total
+
+
+@dataclasses.dataclass(frozen=True)
+class L0:
+    """The number of non-zeros, which the hard threshold answers.
+
+    λ·‖x‖₀; prox(x) = x where |x| > √(2ηλ), else 0
+
+    What stays is not shrunk.  At the threshold itself, where both are minimal, zero.
+
+    Args:
+        strength: λ ≥ 0, a number or a traced value; a schedule inside `proximal`.
+
+    Example:
+        >>> L0(0.5).prox(jnp.array([1.5, -0.5, 1.0]), step_size=1.0)
+        Array([1.5, 0. , 0. ], dtype=float32)
+
+    Reference:
+        Thomas Blumensath, Mike E. Davies, Iterative Thresholding for Sparse
+        Approximations, 2008, https://doi.org/10.1007/s00041-008-9035-z
+    """
+
+    strength: Number | Schedule
+
+    def __post_init__(self):
+        """Checks the argument."""
+        check.not_negative(strength=self.strength)
+
+    def prox(
+        self,
+        x: Inexact[Array, "..."],
+        step_size: Number,
+        *,
+        axis: Axes | None = None,
+        axis_name: AxisName = None,
+    ) -> Inexact[Array, "..."]:
+        """Returns argmin_z ½·‖z - x‖² + η·penalty(z); see `Penalty.prox`."""
+        del axis, axis_name
+
+        def cut(a):
+            bound = jnp.sqrt(2 * like(step_size, a) * like(self.strength, a))
+            return jnp.where(a <= bound, 0, a)  # so put, NaN stays
+
+        return resized(x, cut)
+
+    def penalty(
+        self, x: Inexact[Array, "..."], *, axis: Axes | None = None
+    ) -> Float[Array, ""]:
+        """Returns the penalty, in float32 or wider."""
+        del axis
+        return total(x, lambda a: (a != 0).astype(a.dtype), self.strength)

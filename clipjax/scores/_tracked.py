@@ -1,0 +1,228 @@
+"""Scores that remember: of many updates, or which random number comes next.
+
+A memory is made by an operation on its parameter, so that it lies on a mesh as that
+does, and never takes in what is not finite.
+"""
+
+import dataclasses
+import zlib
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Num, UInt32
+
+from .. import _checks as check, _meshes as meshes, _trees as trees
+from .._types import Number
+from ._plain import product
+
+
+@runtime_checkable
+class Tracked(Protocol):
+    """What a score with a memory has to offer; a transform keeps one array a leaf."""
+
+    def init(self, path: str, param: Array) -> Array:
+        """Returns the memory before the first step, an array of any shape."""
+        ...
+
+    def track(self, memory: Array, param: Array, update: Array) -> Array:
+        """Returns the memory after a step; called in all that are finite."""
+        ...
+
+    def score(self, memory: Array, param: Array, update: Array) -> Array:
+        """Returns the score of every entry; called where a mask is made."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Movement:
+    """Scores an entry by how far it has moved away from zero.
+
+    s = Σₜ θₜ·uₜ, or Σₜ -θₜ·gₜ of gradients
+
+    Memory: a float32 an entry.  An entry that has been set to zero keeps its score, and
+    one that ends up at zero by its own movement has a negative one.
+
+    Args:
+        gradients: whether what it is given are gradients, which point up, as a wrapper
+            sees them.  `clipjax.sparsify` sees what is about to be added.
+
+    Example:
+        >>> movement, param = Movement(), jnp.array([2.0, -1.0])
+        >>> memory = movement.init("kernel", param)
+        >>> memory = movement.track(memory, param, jnp.array([0.5, 0.5]))
+        >>> movement.score(memory, param, param)
+        Array([ 1. , -0.5], dtype=float32)
+
+    Reference:
+        Victor Sanh, Thomas Wolf, Alexander M. Rush, Movement Pruning: Adaptive Sparsity
+        by Fine-Tuning, 2020, https://arxiv.org/abs/2005.07683
+    """
+
+    gradients: bool = False
+
+    def init(self, path: str, param: Num[Array, "..."]) -> Float[Array, "..."]:
+        """Returns zeros."""
+        del path
+        return _zeros(param)
+
+    def track(
+        self, memory: Float[Array, "..."], param: Array, update: Array
+    ) -> Float[Array, "..."]:
+        """Adds one step."""
+        moved = jnp.real(product(param, update)).astype(memory.dtype)
+        return _finite(memory - moved if self.gradients else memory + moved, memory)
+
+    def score(
+        self, memory: Float[Array, "..."], param: Array, update: Array
+    ) -> Float[Array, "..."]:
+        """Returns the memory itself."""
+        del param, update
+        return memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Fisher:
+    """Scores an entry by what its loss would cost, by the diagonal of the Fisher.
+
+    s = ½·θ²·F, Fₜ = d·Fₜ₋₁ + (1-d)·uₜ²
+
+    The average is this score's own, and starts at zero: as long as all entries start
+    together, their order needs no correction for that.  Memory: a float32 an entry.
+
+    It is a Fisher if u is the gradient, as in `clipjax.sparse` and `clipjax.latent`;
+    `clipjax.sparsify` sees what the optimizer made of it.
+
+    Args:
+        decay: d in [0, 1).
+
+    Example:
+        >>> fisher, param = Fisher(decay=0.5), jnp.array([2.0, -1.0])
+        >>> memory = fisher.init("kernel", param)
+        >>> memory = fisher.track(memory, param, jnp.array([1.0, 4.0]))
+        >>> fisher.score(memory, param, param)
+        Array([1., 4.], dtype=float32)
+
+    Reference:
+        Lucas Theis, Iryna Korshunova, Alykhan Tejani, Ferenc Huszár, Faster gaze
+        prediction with dense networks and Fisher pruning, 2018,
+        https://arxiv.org/abs/1801.05787
+    """
+
+    decay: Number = 0.999
+
+    def __post_init__(self):
+        check.below_one(decay=self.decay)
+
+    def init(self, path: str, param: Num[Array, "..."]) -> Float[Array, "..."]:
+        """Returns zeros."""
+        del path
+        return _zeros(param)
+
+    def track(
+        self, memory: Float[Array, "..."], param: Array, update: Array
+    ) -> Float[Array, "..."]:
+        """Takes one step into the average."""
+        del param
+        decay = jnp.asarray(self.decay, jnp.float32)
+        square = jnp.square(jnp.abs(trees.wide(update)).astype(memory.dtype))
+        return _finite(decay * memory + (1 - decay) * square, memory)
+
+    def score(
+        self, memory: Float[Array, "..."], param: Array, update: Array
+    ) -> Float[Array, "..."]:
+        """Returns half the squared parameter times the average."""
+        del update
+        size = jnp.abs(trees.wide(param)).astype(memory.dtype)
+        return 0.5 * size * memory * size
+
+
+@dataclasses.dataclass(frozen=True)
+class Random:
+    """Scores at random, anew in every step, and what is zero below all the rest.
+
+    s ~ U(0, 1] where θ ≠ 0, s ~ U(-1, 0] where θ = 0
+
+    So what is pruned stays pruned while the sparsity rises, and where it falls, what
+    returns is random too.  The same numbers on one device and on any mesh; inside
+    `jax.shard_map` every device draws its own.  Memory: one key a leaf, of its path.
+
+    Args:
+        key: as `jax.random.key` makes it.
+
+    Example:
+        >>> random, param = Random(jax.random.key(0)), jnp.array([2.0, 0.0, -1.0])
+        >>> memory = random.init("kernel", param)
+        >>> random.score(memory, param, param) > 0
+        Array([ True, False,  True], dtype=bool)
+    """
+
+    key: Any
+
+    def init(self, path: str, param: Num[Array, "..."]) -> UInt32[Array, " words"]:
+        """Returns the data of this leaf's own key."""
+        del param
+        return jax.random.key_data(leaf_key(self.key, path))
+
+    def track(
+        self, memory: UInt32[Array, " words"], param: Array, update: Array
+    ) -> UInt32[Array, " words"]:
+        """Returns the data of the next key."""
+        del param, update
+        return jax.random.key_data(jax.random.fold_in(self._wrapped(memory), 1))
+
+    def score(
+        self, memory: UInt32[Array, " words"], param: Array, update: Array
+    ) -> Float[Array, "..."]:
+        """Draws a number for every entry."""
+        del update
+        return drawn(self._wrapped(memory), param)
+
+    def _wrapped(self, memory: Array) -> Array:
+        return jax.random.wrap_key_data(
+            memory, impl=jax.random.key_impl(_typed(self.key))
+        )
+
+
+def leaf_key(key: Any, path: str) -> Array:
+    """Returns the key of one leaf, the same wherever the leaf stands in its tree.
+
+    Example:
+        >>> key = jax.random.key(0)
+        >>> bool(leaf_key(key, "a") == leaf_key(key, "b"))
+        False
+    """
+    return jax.random.fold_in(_typed(key), zlib.crc32(path.encode()))
+
+
+def drawn(key: Array, param: Num[Array, "..."]) -> Float[Array, "..."]:
+    """Draws a number for every entry, laid out as the parameter is.
+
+    Blocks of a split array draw their own; without `check_vma` these cannot be told
+    from replicas, and all draw the same.
+
+    Example:
+        >>> drawn(jax.random.key(0), jnp.ones(3)).shape
+        (3,)
+    """
+    for name in meshes.differing_axes(param):
+        key = jax.random.fold_in(key, jax.lax.axis_index(name))
+    values = jax.random.uniform(key, param.shape, jnp.float32)
+    values = meshes.like(values, param)
+    return jnp.where(param != 0, 1 - values, -values)
+
+
+def _typed(key: Any) -> Array:
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key
+    return jax.random.wrap_key_data(key)
+
+
+def _zeros(param: Num[Array, "..."]) -> Float[Array, "..."]:
+    param = jnp.asarray(param)
+    never = (param == param) & (param != param)  # lies on a mesh as the parameter does
+    return never.astype(jnp.float32)
+
+
+def _finite(new: Array, old: Array) -> Array:
+    return jnp.where(jnp.isfinite(new), new, old)

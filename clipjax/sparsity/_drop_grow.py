@@ -1,0 +1,92 @@
+"""Moving a mask: some of the kept entries are dropped, and others grow.
+
+Numbers of entries are exact, and nothing is sorted.  A dropped entry may grow again at
+once, as in the published code; it then keeps its value.
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from .. import _counts as counts, _meshes as meshes, selection
+from .._counts import Count
+from .._types import AxisName
+from ..allocations import Budget
+
+
+def moved(
+    masks: Sequence[Bool[Array, "..."]],
+    params: Sequence[Array],
+    growth: Sequence[Float[Array, "..."]],
+    *,
+    stay: Count,
+    budget: Budget,
+    axis_name: AxisName,
+) -> list[Bool[Array, "..."]]:
+    """Returns masks in which so many of the old entries stay and the others are new.
+
+    Those with the largest magnitudes stay, at most; those with the highest growth are
+    new, until every group has what its budget says.
+    """
+    options = {"floors": budget.floors, "axis_name": axis_name}
+    sizes = [jnp.where(m, jnp.abs(x), -1) for m, x in zip(masks, params, strict=True)]
+    largest = selection.select(sizes, stay, budget.groups, **options)
+    left = [new & old for new, old in zip(largest, masks, strict=True)]
+    order = [jnp.where(m, jnp.inf, x) for m, x in zip(left, growth, strict=True)]
+    return selection.select(order, budget.kept, budget.groups, **options)
+
+
+def part_of(number: Count, share: Float[Array, ""]) -> Count:
+    """Returns ⌊share·number⌋."""
+    size = jnp.clip(share, 0, 1) * number.to_float()
+    high = jnp.floor(size / 2**16)
+    low = jnp.floor(size - high * 2**16)
+    rounded = counts.normal(high.astype(jnp.int32), low.astype(jnp.int32))
+    return counts.where(number.at_least(rounded), rounded, number)
+
+
+def redistributed(
+    total: Count, shares: Float[Array, " arrays"], room: Count, sizes: Sequence[int]
+) -> Count:
+    """Splits a number in proportion to shares, exactly, within the room of each array.
+
+    What rounding and full arrays leave over goes to the largest array that has room.
+    """
+    none, rest = counts.of(0), total
+    parts = []
+    for i in range(len(sizes)):
+        most = counts.where(rest.at_least(room.at(i)), room.at(i), rest)
+        parts.append(counts.clip(part_of(total, shares[i]), none, most))
+        rest = rest - parts[i]
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        more = counts.clip(rest, none, room.at(i) - parts[i])
+        parts[i] = counts.total(counts.stack([parts[i], more]))
+        rest = rest - more
+    return counts.stack(parts)
+
+
+def means(
+    scores: Sequence[Float[Array, "..."]],
+    masks: Sequence[Bool[Array, "..."]],
+    numbers: Count,
+    axis_name: AxisName,
+) -> Float[Array, " arrays"]:
+    """Returns of every array the mean score of what the mask keeps, up to one scale.
+
+    The largest score of all is one, so that no sum overflows.
+    """
+    kept = [
+        jnp.where(m, x, 0).astype(jnp.float32)
+        for x, m in zip(scores, masks, strict=True)
+    ]
+    peak = jnp.max(jnp.stack([_over(lax.pmax, jnp.max(x), x, axis_name) for x in kept]))
+    unit = jnp.where(peak > 0, peak, 1)
+    sums = [_over(lax.psum, jnp.sum(x / unit), x, axis_name) for x in kept]
+    return jnp.stack(sums) / jnp.maximum(numbers.to_float(), 1)
+
+
+def _over(collective, number: Array, x: Array, axis_name: AxisName) -> Array:
+    axes = meshes.axes_of(x, axis_name)
+    return collective(number, axes) if axes else number

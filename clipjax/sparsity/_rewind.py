@@ -1,0 +1,201 @@
+"""Winning tickets: train, prune, return to the start, and train again."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Int
+
+from .. import _checks as check, _trees as trees, allocations, masks, patterns
+from .._types import AxisName, Number, Schedule, Where
+from ..allocations import Allocation
+from ._engine import Store
+from ._sparsify import SparsifyState, _projected
+
+_STEPS = 3  # that a rewind takes: θ + (θₖ - θ) is θₖ only if the two are close
+
+
+class RewindingState(NamedTuple):
+    """What `rewinding` remembers."""
+
+    rewinding: SparsifyState  # the age of its masks is negative while it rewinds
+    rounds_done: Int[Array, ""]
+    rewound: dict[str, Array]  # by path, the parameters to return to
+    rewinding_inner: Any
+
+
+def rewinding(
+    inner: optax.GradientTransformation,
+    *,
+    every: Number | Schedule,
+    rounds: Number | Schedule,
+    rate: Number | Schedule = 0.2,
+    rewind_step: Number = 0,
+    allocation: Allocation = allocations.global_,
+    where: Where = masks.weights,
+    storage: masks.Storage = masks.Bits(),
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Prunes the smallest parameters in rounds, each from the same early parameters.
+
+    After each of R rounds of N steps: sᵣ = 1 - (1 - p)ʳ,  m = the largest |θ| of those
+    that are left,  θ ← m⊙θₖ,  `inner` ← `inner.init`
+
+    Iterative magnitude pruning with rewinding, in one jitted loop: after (R + 1)·N
+    training steps, and 3·R steps of rewinding, the network has a sparsity of
+    1 - (1 - p)ᴿ and was trained from θₖ.  All floating leaves rewind, not only those
+    that are pruned.  With k = 0 this is the lottery ticket hypothesis; larger networks
+    need a k of some hundred or thousand steps.
+
+    A rewind takes three steps of no training, since one addition cannot take every θ
+    to θₖ: after them, θₖ is there bit for bit unless θ was larger by a factor of 2²²
+    (in bfloat16, of 2¹⁴).  What is pruned is exactly zero from the first one on.
+
+    The schedules of `inner` start anew with every round.  A prune is due until it
+    happens, so a step that a wrapper discards loses nothing; with a NaN or an infinity
+    in the gradients of the selected leaves it waits.  Gradients and parameters of what
+    is pruned are hidden from `inner`.
+
+    Memory beside that of `inner`: θₖ, one more copy of all floating leaves, and one bit
+    a parameter or none, by `storage`.
+
+    Args:
+        inner: the optimizer, or any chain with it; extra arguments are passed on.
+        every: N ≥ 1, training steps of a round, rounded down.  This, `rounds` and
+            `rate` are numbers, traced values or schedules.
+        rounds: R ≥ 0, how often to prune and rewind.
+        rate: p in [0, 1], the share of the parameters left that a round prunes.
+        rewind_step: k in [0, N), the step of the first round to return to.
+        allocation: how the leaves share the sparsity, from `allocations`.
+        where: which leaves are pruned, by path and leaf; floating leaves of rank 2 or
+            more that are no bias, scale or embedding.
+        storage: how a mask is kept between two steps.
+        axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
+
+    Example:
+        >>> tx = rewinding(optax.sgd(1.0), every=2, rounds=1, rate=0.5)
+        >>> params = {"kernel": jnp.array([[1.0, 2.0, 3.0, 4.0]])}
+        >>> grads = {"kernel": jnp.array([[-3.0, 0.0, 0.0, 1.0]])}
+        >>> state = tx.init(params)
+        >>> for _ in range(5):  # two of training, three of rewinding
+        ...     updates, state = tx.update(grads, state, params)
+        ...     params = optax.apply_updates(params, updates)
+        >>> params["kernel"]  # from [7, 2, 3, 2]
+        Array([[1., 0., 3., 0.]], dtype=float32)
+
+    Reference:
+        Jonathan Frankle, Gintare Karolina Dziugaite, Daniel M. Roy, Michael Carbin,
+        Linear Mode Connectivity and the Lottery Ticket Hypothesis, 2019,
+        https://arxiv.org/abs/1912.05671
+    """
+    check.has_method("update", inner=inner)
+    check.between(0, 1, rate=rate)
+    check.not_negative(rounds=rounds, rewind_step=rewind_step)
+    check.function(allocation=allocation)
+    store = Store(every, where, storage, axis_name)
+    _check_first_round(every, rewind_step)
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params):
+        return RewindingState(
+            store.init(params)._replace(mask_age=jnp.zeros([], jnp.int32)),
+            jnp.zeros([], jnp.int32),
+            {p: jnp.array(x, copy=True) for p, x in trees.floats(params).items()},
+            inner.init(params),
+        )
+
+    def smallest(state, leaves, old):
+        done = (state.rounds_done + 1).astype(jnp.float32)
+        part = trees.value_at(rate, state.rewinding.step)
+        return patterns.marks(
+            {p: jnp.where(old[p], jnp.abs(x), -1) for p, x in leaves.items()},
+            leaves,
+            jnp.clip(1 - (1 - part) ** done, 0, 1),
+            pattern=patterns.Unstructured(),
+            allocation=allocation,
+            axis_name=axis_name,
+        )
+
+    def update(updates, state, params=None, **extra_args):
+        check.given_params("rewinding", params)
+        now = state.rewinding
+        moves, own = trees.floats(updates), trees.floats(params)
+        own = {p: x for p, x in own.items() if p in moves}
+        leaves = {p: x for p, x in store.chosen(params).items() if p in moves}
+        early = _at(state.rewound, own, now.step, rewind_step)
+        more = state.rounds_done.astype(jnp.float32) < trees.value_at(rounds, now.step)
+        due = more & store.is_due(now, {p: moves[p] for p in leaves})
+        read, after = store.next(
+            now, leaves, due, lambda old: smallest(state, leaves, old)
+        )
+        rewinds = due | (now.mask_age < 0)
+
+        def train():
+            kept = read()
+            incoming = trees.map_by_path(_hidden, updates, kept)
+            visible = trees.map_by_path(_hidden, params, kept)
+            outgoing, then = inner.update(
+                incoming, state.rewinding_inner, visible, **extra_args
+            )
+            outgoing = trees.floats(outgoing)
+            return {p: _as_wide(outgoing[p], x) for p, x in own.items()}, then
+
+        def rewind():
+            target = trees.map_by_path(lambda _, x: x, params, early)
+            target = trees.map_by_path(_hidden, target, read())
+            kinds, _ = jax.eval_shape(train)
+            ends = trees.floats(target)
+            way = {p: (ends[p] - x).astype(kinds[p].dtype) for p, x in own.items()}
+            return way, inner.init(target)
+
+        outgoing, inner_state = jax.lax.cond(rewinds, rewind, train)
+        outgoing = trees.map_by_path(lambda _, new: new, updates, outgoing)
+        age = jnp.where(due, 1 - _STEPS, trees.next_step(now.mask_age))
+        new_state = RewindingState(
+            after._replace(mask_age=age),
+            state.rounds_done + due.astype(jnp.int32),
+            early,
+            inner_state,
+        )
+        return trees.map_by_path(_projected, outgoing, leaves, read()), new_state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_first_round(every: Number | Schedule, rewind_step: Number) -> None:
+    known = isinstance(every, int | float) and isinstance(rewind_step, int | float)
+    if known and not rewind_step < every:  # pyright: ignore[reportOperatorIssue] -- numbers both
+        raise ValueError(
+            f"rewind_step must be below every, {every}, but is {rewind_step}: only the"
+            " first round has parameters to return to."
+        )
+
+
+def _hidden(leaf: Any, mask: Bool[Array, "..."]) -> Array:
+    return masks.apply(mask, leaf)
+
+
+def _as_wide(update: Array, param: Array) -> Array:
+    """Casts an update to its parameter's dtype, if that is wider."""
+    return _projected(update, param, masks.full(param))
+
+
+def _at(
+    rewound: dict[str, Array],
+    params: dict[str, Array],
+    step: Int[Array, ""],
+    rewind_step: Number,
+) -> dict[str, Array]:
+    """Returns the parameters to return to: those of now, if it is their step."""
+    if isinstance(rewind_step, int) and rewind_step == 0:
+        return rewound
+    here = step == jnp.asarray(rewind_step).astype(jnp.int32)
+
+    def taken():
+        old = rewound
+        return old | {
+            p: jnp.where(jnp.isfinite(x), x, old[p]) for p, x in params.items()
+        }
+
+    return jax.lax.cond(here, taken, lambda: rewound)

@@ -1,0 +1,117 @@
+"""Sparsity around an optimizer: nothing of what is pruned reaches it."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from .. import _checks as check, _trees as trees, allocations, masks, patterns, scores
+from .._types import AxisName, Number, Schedule, Where
+from ._engine import Masks, Now, Store, masked
+from ._sparsify import _scored, _tracked
+
+
+def sparse(
+    inner: optax.GradientTransformation,
+    sparsity: Number | Schedule,
+    *,
+    score: scores.Score | scores.Tracked = scores.magnitude,
+    pattern: patterns.Pattern | patterns.PatternByPath = patterns.Unstructured(),
+    allocation: allocations.Allocation = allocations.uniform,
+    every: Number | Schedule = 1,
+    where: Where = masks.weights,
+    storage: masks.Storage = masks.Bits(),
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Trains with all but the parameters with the highest scores at zero, exactly.
+
+    m = pattern(score(θ, g), s(t)),  u ← inner(m⊙g, m⊙θ),  uᵢ ← -θᵢ where mᵢ = 0
+
+    `sparsify` around a whole optimizer instead of behind it.  Scores see the raw
+    gradient.  `inner` sees zeros where parameters are pruned, and what it remembers of
+    these is at every step what `inner.init` makes it: no dead moment counts in a norm,
+    and a parameter that returns starts anew.  Nothing of `inner` is known for that: its
+    memory of a parameter are the floating arrays of its state that have the parameter's
+    shape and a path that ends in the parameter's.  Other shapes, such as Adafactor's
+    means of rows and columns or the vector of `optax.flatten`, are left alone: they
+    fade, since they too see zeros.
+
+    `optax.apply_updates` then gives exact zeros, so long as nothing follows in the
+    chain.  Masks, their storage, dtypes and the step at which they are due are those of
+    `sparsify`, with one exception: a step whose gradients of the selected leaves hold a
+    NaN or an infinity makes no mask.  The mask stays due.
+
+    Memory beside that of `inner`: one bit a parameter or none, by `storage`.
+
+    Args:
+        inner: the optimizer, or any chain with it; extra arguments are passed on.
+        sparsity: s in [0, 1], the share of zeros in all selected leaves together; a
+            number, a traced value or a schedule.
+        score: a function of a parameter and its gradient, the highest to keep.
+        pattern: in what shape zeros come, from `patterns`.
+        allocation: how the leaves share the sparsity, from `allocations`.
+        every: steps between two masks, ≥ 1, rounded down; or a schedule of them.
+        where: which leaves are made sparse, by path and leaf; floating leaves of rank 2
+            or more that are no bias, scale or embedding.
+        storage: how a mask is kept between two steps.
+        axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
+
+    Example:
+        >>> tx = sparse(optax.sgd(0.5, momentum=0.9), 0.5)
+        >>> params = {"kernel": jnp.array([[3.0, -1.0], [2.0, -4.0]])}
+        >>> grads = {"kernel": jnp.ones((2, 2))}
+        >>> updates, state = tx.update(grads, tx.init(params), params)
+        >>> optax.apply_updates(params, updates)["kernel"]
+        Array([[ 2.5,  0. ],
+               [ 0. , -4.5]], dtype=float32)
+        >>> optax.tree.get(state, "trace")["kernel"]
+        Array([[1., 0.],
+               [0., 1.]], dtype=float32)
+
+    Reference:
+        Michael Zhu, Suyog Gupta, To Prune, or Not to Prune: Exploring the Efficacy of
+        Pruning for Model Compression, 2017, https://arxiv.org/abs/1710.01878
+    """
+    check.between(0, 1, sparsity=sparsity)
+    check.function(allocation=allocation)
+    if not isinstance(score, scores.Tracked):
+        check.function(score=score)
+    if isinstance(pattern, type) or not callable(pattern):
+        check.has_method("masks", pattern=pattern)
+    rule = _Ranked(sparsity, score, pattern, allocation, axis_name)
+    store = Store(every, where, storage, axis_name)
+    return masked(inner, rule, store, name="sparse")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ranked:
+    """Keeps what has the highest scores."""
+
+    sparsity: Number | Schedule
+    score: scores.Score | scores.Tracked
+    pattern: patterns.Pattern | patterns.PatternByPath
+    allocation: allocations.Allocation
+    axis_name: AxisName
+    rests: bool = False
+
+    def init(self, params: dict[str, Array]) -> dict[str, Array]:
+        if not isinstance(self.score, scores.Tracked):
+            return {}
+        return {path: self.score.init(path, x) for path, x in params.items()}
+
+    def track(self, now: Now) -> dict[str, Array]:
+        if not isinstance(self.score, scores.Tracked):
+            return now.memory
+        return _tracked(self.score, now.memory, now.params, now.updates, self.axis_name)
+
+    def masks(self, now: Now, old: Masks) -> Masks:
+        del old
+        return patterns.marks(
+            _scored(self.score, now.memory, now.params, now.updates),
+            now.params,
+            jnp.clip(trees.value_at(self.sparsity, now.step), 0, 1),
+            pattern=self.pattern,
+            allocation=self.allocation,
+            axis_name=self.axis_name,
+        )

@@ -1,0 +1,61 @@
+"""Several thresholds, of which the lowest counts."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from .. import _checks as check
+from ._history import History, Norms
+from ._numbers import like
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowest:
+    """The lowest of several thresholds.
+
+    Args:
+        rules: with a history each, or numbers; in `clip_by`, or schedules.
+
+    Example:
+        >>> from clipjax.thresholds import WindowedQuantile
+        >>> rule = Lowest((WindowedQuantile(window=2), 3.0))
+        >>> rule.threshold(rule.empty(jnp.float32(0.0)), jnp.float32(5.0))
+        Array(3., dtype=float32)
+    """
+
+    rules: tuple[Any, ...]
+
+    def __post_init__(self):
+        """Checks the argument."""
+        for rule in self.rules:
+            if not isinstance(rule, History):
+                check.not_negative(rules=rule)
+
+    def empty(self, norm: Norms) -> tuple:
+        """Returns the memory of each."""
+        return tuple(
+            r.empty(norm) if isinstance(r, History) else () for r in self.rules
+        )
+
+    def threshold(self, memory: tuple, norm: Norms) -> Norms:
+        """Returns the lowest."""
+        lowest = jnp.full_like(norm, jnp.inf, jnp.float32)
+        for rule, own in zip(self.rules, memory, strict=True):
+            is_history = isinstance(rule, History)
+            bound = rule.threshold(own, norm) if is_history else like(rule, lowest)
+            lowest = jnp.minimum(lowest, bound)
+        return lowest
+
+    def remember(
+        self, memory: tuple, norm: Norms, threshold: Norms, clipped_norm: Norms
+    ) -> tuple:
+        """Returns the memory of each, as if it had clipped alone."""
+        del threshold, clipped_norm
+        result = []
+        for rule, own in zip(self.rules, memory, strict=True):
+            if isinstance(rule, History):
+                bound = rule.threshold(own, norm)  # that of the others is none of its
+                own = rule.remember(own, norm, bound, jnp.minimum(norm, bound))
+            result.append(own)
+        return tuple(result)

@@ -1,0 +1,39 @@
+"""Thresholds that the parameters set."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from .. import _checks as check
+from ._history import Norms
+from ._numbers import like
+
+
+@dataclasses.dataclass(frozen=True)
+class Relative:
+    """A multiple of the norm of the parameters that are measured together.
+
+    T = factor·max(‖θ‖, least)
+
+    Args:
+        factor: ≥ 0.
+        least: > 0, the least parameter norm, so that what starts at zero can move.
+
+    Example:
+        >>> Relative(0.5).of(jnp.array([100.0, 0.0])) * 2
+        Array([1.e+02, 1.e-03], dtype=float32)
+    """
+
+    factor: Any
+    least: Any = 1e-3
+
+    def __post_init__(self):
+        """Checks the arguments."""
+        check.not_negative(factor=self.factor)
+        check.positive(least=self.least)
+
+    def of(self, param_norm: Norms) -> Norms:
+        """Returns the threshold for parameters of this norm."""
+        larger = jnp.maximum(param_norm, like(self.least, param_norm))
+        return like(self.factor, param_norm) * larger

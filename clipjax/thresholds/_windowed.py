@@ -1,0 +1,136 @@
+"""Thresholds by the last norms, which are all remembered."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .. import _checks as check
+from ._feeds import Winsorized, raw
+from ._history import Feed, Norms
+from ._numbers import like, zeros_like
+
+
+class _Window:
+    """The last norms, newest first, and -1 where there is none yet."""
+
+    feed: Feed
+    window: int
+
+    def empty(self, norm: Norms) -> Float[Array, "..."]:
+        """Returns a history with nothing in it, marked by -1."""
+        zeros = zeros_like(norm)
+        shape = (*zeros.shape, self.window)
+        return jnp.broadcast_to(zeros[..., None], shape) - 1
+
+    def remember(
+        self,
+        memory: Float[Array, "..."],
+        norm: Norms,
+        threshold: Norms,
+        clipped_norm: Norms,
+    ) -> Float[Array, "..."]:
+        """Returns the history with one more norm."""
+        return _push(memory, self.feed(norm, threshold, clipped_norm))
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowedQuantile(_Window):
+    """A multiple of a quantile of the last norms.
+
+    Tₜ = factor · Q_q(n̂ₜ₋₁, …, n̂ₜ₋w), with n̂ₜ = min(nₜ, 3·Tₜ) if not said otherwise
+
+    A norm is remembered at no more than three thresholds: one spike cannot lift the
+    quantile, while a lasting change of level fills the window and does.  Between two
+    remembered norms the quantile is interpolated.  While the window fills, the quantile
+    is that of what is there.
+
+    Args:
+        quantile: q in [0, 1].
+        factor: how far above the quantile the threshold stands, > 0.
+        feed: what is remembered of a norm.
+        window: w, how many norms are remembered; static.
+        current: whether the norm itself is among those of its own quantile; static.
+
+    Example:
+        >>> rule = WindowedQuantile(quantile=0.5, factor=2.0, window=4)
+        >>> rule.threshold(jnp.array([3.0, 1.0, 2.0, -1.0]), jnp.float32(5.0))
+        Array(4., dtype=float32)
+    """
+
+    quantile: Any = 0.9
+    factor: Any = 1.05
+    feed: Feed = dataclasses.field(default=Winsorized(), metadata={"static": True})
+    window: int = 64
+    current: bool = False
+
+    def __post_init__(self):
+        """Checks the arguments."""
+        check.between(0, 1, quantile=self.quantile)
+        check.positive(factor=self.factor)
+        check.function(feed=self.feed)
+        if isinstance(self.feed, Winsorized):
+            check.rises(factor=self.factor, most=self.feed.most)
+        check.whole(2, window=self.window)
+
+    def threshold(self, memory: Float[Array, "..."], norm: Norms) -> Norms:
+        """Returns the threshold for a norm; infinity for an empty history."""
+        history = _push(memory, norm) if self.current else memory
+        known = history >= 0
+        last = jnp.maximum(jnp.sum(known, axis=-1, dtype=jnp.int32) - 1, 0)[..., None]
+        ordered = jnp.sort(jnp.where(known, history, jnp.inf), axis=-1)
+        place = jnp.asarray(self.quantile, jnp.float32) * last.astype(jnp.float32)
+        below = jnp.floor(place).astype(jnp.int32)
+        low = jnp.take_along_axis(ordered, below, axis=-1)
+        high = jnp.take_along_axis(ordered, jnp.minimum(below + 1, last), axis=-1)
+        share = place - below.astype(jnp.float32)
+        between = jnp.where(share > 0, low + (high - low) * share, low)[..., 0]
+        return like(self.factor, between) * between
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowedDeviation(_Window):
+    """So many standard deviations above the mean of the last norms.
+
+    Tₜ = μ + k·max(σ, 10⁻⁶), over the last w norms; infinity until there are `warmup`
+
+    Args:
+        deviations: k ≥ 0.
+        feed: what is remembered of a norm.
+        window: w; static.
+        warmup: from how many norms on there is a threshold, at most `window`; static.
+
+    Example:
+        >>> rule = WindowedDeviation(2.0, window=4, warmup=2)
+        >>> rule.threshold(jnp.array([3.0, 1.0, -1.0, -1.0]), jnp.float32(5.0))
+        Array(4., dtype=float32)
+    """
+
+    deviations: Any = 3.0
+    feed: Feed = dataclasses.field(default=raw, metadata={"static": True})
+    window: int = 128
+    warmup: int = 64
+
+    def __post_init__(self):
+        """Checks the arguments."""
+        check.not_negative(deviations=self.deviations)
+        check.function(feed=self.feed)
+        check.whole(2, window=self.window, warmup=self.warmup)
+        check.between(2, self.window, warmup=self.warmup)
+
+    def threshold(self, memory: Float[Array, "..."], norm: Norms) -> Norms:
+        """Returns the threshold for the next norm."""
+        known = memory >= 0
+        number = jnp.sum(known, axis=-1, dtype=jnp.int32)
+        entries = jnp.maximum(number, 1).astype(jnp.float32)
+        mean = jnp.sum(jnp.where(known, memory, 0), axis=-1) / entries
+        apart = jnp.where(known, memory - mean[..., None], 0)
+        deviation = jnp.sqrt(jnp.sum(apart**2, axis=-1) / entries)
+        bound = mean + like(self.deviations, mean) * jnp.maximum(deviation, 1e-6)
+        return jnp.where(number >= self.warmup, bound, jnp.inf)
+
+
+def _push(history: Float[Array, "..."], norm: Norms) -> Float[Array, "..."]:
+    norm = norm.astype(history.dtype)
+    return jnp.concatenate([norm[..., None], history[..., :-1]], axis=-1)
