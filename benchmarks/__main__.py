@@ -1,7 +1,9 @@
 """Runs every benchmark but the trainings and writes `benchmarks/README.md`.
 
-The trainings take an hour: `python -m benchmarks.training --data FOLDER --out
-benchmarks/training.json` runs them, and what that file holds goes into the page.
+The trainings take hours: `python -m benchmarks.training --data FOLDER --out
+benchmarks/training.json` runs those of clips, `benchmarks.frontier` and
+`benchmarks.methods` those of sparse networks, with the same arguments.  What these
+files hold goes into the page.
 """
 
 import json
@@ -14,7 +16,7 @@ import sys
 import jax
 import optax
 
-from . import behavior, selection, steps, training
+from . import behavior, frontier, methods, selection, sparse_steps, steps, training
 
 _HERE = pathlib.Path(__file__).parent
 _TEXT = """# Benchmarks
@@ -76,6 +78,30 @@ As a ratio to the best threshold of the grid:
 ## The precision of a clip
 
 {precision}
+
+## A training step that is sparse
+
+On 12.6 million parameters, over 100 steps with one search for a mask, against Adam
+alone; bytes are those of the state beyond Adam's. JaxPruner does not run on today's
+JAX: its rule is restated with `argsort`, a uint8 mask and a product.
+
+{sparse}
+"""
+_FRONTIER = """
+## The frontier on MNIST
+
+LeNet-300-100 and LeNet-5 in Caffe's sizes, by one recipe each, `frontier.py`. Every
+entry that is not zero counts, biases too; bytes are a bit an entry and four for each
+that is left.
+
+{table}
+"""
+_METHODS = """
+## Every method at four sparsities
+
+{tables}
+
+![Scores against sparsity](methods.png)
 """
 
 
@@ -86,7 +112,7 @@ def main():
         f" {optax.__version__}, on a {jax.default_backend()} with {os.cpu_count()}"
         f" cores ({platform.machine()})."
     )
-    trained = json.loads((_HERE / "training.json").read_text())
+    trained = _results("training.json")
     text = _TEXT.format(
         machine=machine,
         selection=selection.table(),
@@ -96,9 +122,20 @@ def main():
         losses=training.losses_table(trained),
         ratios=training.ratios_table(trained),
         precision=_apart("benchmarks.precision"),
+        sparse=sparse_steps.table(),
     )
+    if results := _results("frontier.json"):
+        text += _FRONTIER.format(table=frontier.table(results))
+    if results := _results("methods.json"):
+        text += _METHODS.format(tables=methods.tables(results))
     (_HERE / "README.md").write_text(text)
     print(text)
+
+
+def _results(name):
+    """Returns what the trainings left in a file, if they did."""
+    path = _HERE / name
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _apart(module):

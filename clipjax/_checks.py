@@ -105,7 +105,8 @@ def one_of(*kinds: type, **values: Any) -> None:
     """Raises unless every value is an instance of one of these classes."""
     for name, value in values.items():
         if not isinstance(value, kinds):
-            names = " or ".join(f"`{kind.__name__}()`" for kind in kinds)
+            *first, last = (f"`{kind.__name__}()`" for kind in kinds)
+            names = f"{', '.join(first)} or {last}" if first else last
             raise TypeError(f"{name} must be {names}, but is {value!r}.")
 
 

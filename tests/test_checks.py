@@ -93,7 +93,9 @@ WRONG = {
     "clipjax.sparsify(0.5, allocation=0.5)": "allocation must be a function",
     "clipjax.sparsify(0.5, where='kernel')": "where must be a function",
     "clipjax.sparsify(0.5, pattern=clipjax.patterns.Unstructured)": "Pass an instance",
-    "clipjax.sparsify(0.5, storage='bits')": "storage must be `Bits()` or `Zeros()`",
+    "clipjax.sparsify(0.5, storage='bits')": (
+        "storage must be `Bits()`, `Booleans()` or `Zeros()`"
+    ),
     "optax.inject_hyperparams(clipjax.adaptive_clip)(factor=2.0).init({})": (
         "name it in `static_args`"
     ),

@@ -22,6 +22,10 @@ SMOKE = {  # words in the code, and what is run in their place
         "steps, seeds = 200, 3": "steps, seeds = 20, 1",
         "thresholds = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0]": "thresholds = [0.1, 1]",
     },
+    "03_sparse_training": {
+        "epochs, sparsities = 40": "epochs, sparsities = 1",
+        "[0.8, 0.9, 0.95, 0.98]": "[0.9, 0.95]",
+    },
 }
 
 

@@ -107,7 +107,9 @@ def test_masks_are_those_of_numpy(name, dtype):
 
 
 @each_case
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("Auto", marks=pytest.mark.slow), "Explicit"]
+)
 def test_a_mesh_changes_nothing_and_gathers_nothing(name, kind):
     axis_types = (getattr(jax.sharding.AxisType, kind),)
     mesh = jax.make_mesh((8,), ("d",), axis_types=axis_types)
