@@ -59,6 +59,13 @@ def of(number: int | Int[Array, "..."] | UInt[Array, "..."] | Count) -> Count:
     return Count(high, (number & (_WORD - 1)).astype(jnp.int32))
 
 
+def floor(number: Float[Array, ""]) -> Count:
+    """Rounds a float down."""
+    high = jnp.floor(number / _WORD)
+    low = jnp.floor(number - high * _WORD)
+    return normal(high.astype(jnp.int32), low.astype(jnp.int32))
+
+
 def normal(high: Int[Array, "..."], low: Int[Array, "..."]) -> Count:
     """Carries what the low word cannot hold."""
     return Count(high + (low >> 16), low & (_WORD - 1))

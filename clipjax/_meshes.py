@@ -15,12 +15,22 @@ from jaxtyping import Array
 from ._types import AxisName
 
 
+def axis_names(axis_name: AxisName) -> tuple[str, ...]:
+    """Returns one name or several as a tuple."""
+    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+
+
+def size(axis_name: AxisName) -> int:
+    """Returns over how many devices the named axes go."""
+    return math.prod(jax.lax.axis_size(name) for name in axis_names(axis_name))
+
+
 def axes_of(x: Array, axis_name: AxisName) -> tuple[str, ...]:
     """Returns those of the named axes over which the blocks of `x` differ.
 
     Where JAX does not track that (`check_vma=False`, `jax.vmap`), all of them.
     """
-    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+    names = axis_names(axis_name)
     if not names or not all(_varying(jax.lax.axis_index(name)) for name in names):
         return names
     return tuple(name for name in names if name in _varying(x))
@@ -40,6 +50,14 @@ def manual_axes(x: Array) -> tuple[str, ...]:
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     manual = jax.sharding.AxisType.Manual
     return tuple(name for name, kind in kinds if kind == manual)
+
+
+def over(
+    collective: Callable[..., Array], value: Array, x: Array, axis_name: AxisName
+) -> Array:
+    """Returns what a collective makes of values, one of each block of `x`."""
+    axes = axes_of(x, axis_name)
+    return collective(value, axes) if axes else value
 
 
 def blocks(x: Array, axis_name: AxisName) -> int:
@@ -71,7 +89,7 @@ def has_whole_columns(x: Array, multiple: int) -> bool:
         return True
     sharding = jax.typeof(x).sharding
     names = sharding.spec[-1]
-    names = (names,) if isinstance(names, str) else tuple(names or ())
+    names = axis_names(names)
     pieces = math.prod(sharding.mesh.shape[name] for name in names)
     return pieces == 1 or x.shape[-1] // pieces % multiple == 0
 

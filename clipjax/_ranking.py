@@ -196,8 +196,7 @@ def ends(
     for make, group in zip(ranked.keys, ranked.groups, strict=True):
         key = make(low)
         peaks = _peaks(key, low[group], high[group])
-        axes = meshes.axes_of(key, ranked.axis_name)
-        peaks = lax.pmax(peaks, axes) if axes else peaks
+        peaks = meshes.over(lax.pmax, peaks, key, ranked.axis_name)
         result[group] = jnp.maximum(result[group], peaks)
     return -jnp.stack(result)[:, 0], jnp.stack(result)[:, 1]
 

@@ -72,6 +72,18 @@ def wide(leaf: Any) -> Any:
     return jnp.asarray(leaf, jnp.complex64 if is_complex else jnp.float32)
 
 
+def zeros(leaf: Any, dtype: Any = None) -> Array:
+    """Returns zeros, in float32 or wider, that lie on a mesh as a leaf does."""
+    leaf = jnp.asarray(leaf)
+    never = (leaf == leaf) & (leaf != leaf)  # a constant would lose the layout
+    return never.astype(dtype or jnp.result_type(wide(leaf)))
+
+
+def zeros_of_floats(tree: PyTree) -> PyTree:
+    """Returns zeros for every leaf, nothing for one that is not floating."""
+    return jax.tree.map(lambda x: zeros(x) if is_float(x) else None, tree)
+
+
 def scale(leaf: Any, factor: Float[Array, "..."]) -> Any:
     """Multiplies in float32 or wider, then rounds once to the leaf's own dtype."""
     product = wide(leaf)

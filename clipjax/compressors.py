@@ -153,6 +153,5 @@ def _mean_magnitude(x: Array, axis_name: AxisName) -> Float[Array, ""]:
     magnitude = jnp.abs(trees.wide(x))
     unit = trees.power_of_two(norms.inf_norm(magnitude, axis_name=axis_name))
     total = jnp.sum(magnitude / unit)  # of numbers below two: it cannot overflow
-    axes = meshes.axes_of(x, axis_name)
-    total = lax.psum(total, axes) if axes else total
+    total = meshes.over(lax.psum, total, x, axis_name)
     return total / (x.size * meshes.blocks(x, axis_name)) * unit

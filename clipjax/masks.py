@@ -80,8 +80,7 @@ def count(mask: Bool[Array, "..."], *, axis_name: AxisName = None) -> Int[Array,
         Array(2, dtype=int32)
     """
     kept = counts.passing([mask, ~mask])[0].astype(jnp.int32)
-    axes = meshes.axes_of(mask, axis_name)
-    return lax.psum(kept, axes) if axes else kept
+    return meshes.over(lax.psum, kept, mask, axis_name)
 
 
 def pack(mask: Bool[Array, "*rest n"]) -> UInt8[Array, "*rest bytes"]:

@@ -151,7 +151,7 @@ def unit_norm(
         Array([[5., 1.]], dtype=float32)
     """
     squares = jnp.sum(_square(trees.wide(x)), axis=axis, keepdims=True)
-    return _root(_over(lax.psum, squares, x, axis_name))
+    return _root(meshes.over(lax.psum, squares, x, axis_name))
 
 
 def unit_rms(
@@ -165,7 +165,7 @@ def unit_rms(
     """
     squares = jnp.sum(_square(trees.wide(x)), axis=axis, keepdims=True)
     entries = x.size // max(squares.size, 1) * meshes.blocks(x, axis_name)
-    return _root(_over(lax.psum, squares, x, axis_name) / float(max(entries, 1)))
+    return _root(meshes.over(lax.psum, squares, x, axis_name) / float(max(entries, 1)))
 
 
 def unit_inf_norm(
@@ -222,11 +222,11 @@ def spectral_norm(
 
     def times(vector):
         image = jnp.sum(matrix * vector, axis=columns, keepdims=True)
-        return _over(lax.psum, image, image, over_columns)
+        return meshes.over(lax.psum, image, image, over_columns)
 
     def step(_, vector):
         back = jnp.sum(jnp.conj(matrix) * times(vector), axis=rows, keepdims=True)
-        back = _over(lax.psum, back, back, over_rows)
+        back = meshes.over(lax.psum, back, back, over_rows)
         size = unit_norm(back, columns, axis_name=over_columns)
         return back / jnp.where(size > 0, size, 1).astype(back.dtype)
 
@@ -342,13 +342,6 @@ def _widest(values: Iterable[Array]) -> Any:
     """Returns float64 where a value has it: strict promotion would refuse to choose."""
     is_double = any(x.dtype == jnp.float64 for x in values)
     return jnp.float64 if is_double else jnp.float32
-
-
-def _over(
-    collective: Callable[..., Any], value: Array, x: Array, axis_name: AxisName
-) -> Array:
-    axes = meshes.axes_of(x, axis_name)
-    return collective(value, axes) if axes else value
 
 
 def _greatest(

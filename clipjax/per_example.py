@@ -4,7 +4,6 @@ The mean of a batch hides what an optimizer's clip would have to see, so this is
 transform of updates but takes the place of `jax.value_and_grad`.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -134,7 +133,7 @@ def clipped_value_and_grad(
         )
         if key is not None and is_noisy:
             sums = _noisy(sums, key, noise_multiplier, bound)
-        examples = float(size * _devices(axis_name))
+        examples = float(size * meshes.size(axis_name))
         grads = jax.tree.map(lambda s, x: _mean(s, examples, x), sums, like)
         grads = grads[0] if isinstance(argnums, int) else grads
         return ClippedGrads(value / examples, grads, aux, sizes, clipped, nonfinite)
@@ -269,11 +268,6 @@ def _as_varied(params: PyTree, batch: PyTree) -> PyTree:
 
 def _over_devices(tree: PyTree, axis_name: AxisName) -> PyTree:
     return lax.psum(tree, axis_name) if axis_name else tree
-
-
-def _devices(axis_name: AxisName) -> int:
-    names = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
-    return math.prod(lax.axis_size(name) for name in names)
 
 
 def _mean(total: Array, examples: float, param: Any) -> Inexact[Array, "..."]:

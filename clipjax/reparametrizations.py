@@ -386,6 +386,5 @@ def _times(number: Number | Schedule, step: Array, latent: Weights) -> Weights:
 
 
 def _mean(x: Float[Array, "..."], axis_name: AxisName) -> Float[Array, ""]:
-    total, axes = jnp.sum(x), meshes.axes_of(x, axis_name)
     size = x.size * meshes.blocks(x, axis_name)
-    return (lax.psum(total, axes) if axes else total) / float(max(size, 1))
+    return meshes.over(lax.psum, jnp.sum(x), x, axis_name) / float(max(size, 1))

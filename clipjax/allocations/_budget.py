@@ -3,9 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import jax.numpy as jnp
-from jaxtyping import Array, Float
-
 from .. import _checks as check, _counts as counts
 from .._counts import Count
 from .._types import Number
@@ -33,13 +30,6 @@ def kept_of(sparsity: Number, size: int, floor: int) -> Count:
     """Returns n - ⌈s·n⌉, but the floor at least."""
     kept = counts.of(size) - counts.zeros_of(sparsity, size)
     return counts.clip(kept, counts.of(floor), counts.of(size))
-
-
-def whole(number: Float[Array, ""]) -> Count:
-    """Rounds down."""
-    high = jnp.floor(number / 2**16)
-    low = jnp.floor(number - high * 2**16)
-    return counts.normal(high.astype(jnp.int32), low.astype(jnp.int32))
 
 
 def exactly(

@@ -8,7 +8,7 @@ import numpy as np
 
 from .. import _counts as counts
 from .._types import Number
-from ._budget import Budget, check_numbers, exactly, kept_of, whole
+from ._budget import Budget, check_numbers, exactly, kept_of
 
 
 def uniform(
@@ -132,7 +132,7 @@ def _proportional(
     fits = scales * ratios[order].astype(np.float32) <= 1
     scale = jnp.where(jnp.any(fits), scales[jnp.argmax(fits)], jnp.inf)
     shares = jnp.minimum(scale * ratios.astype(np.float32), 1)
-    kept = [whole(shares[i] * np.float32(size)) for i, size in enumerate(sizes)]
+    kept = [counts.floor(shares[i] * np.float32(size)) for i, size in enumerate(sizes)]
     floors = [min(floor, size) for size in sizes]
     groups = tuple(range(len(sizes)))
     return Budget(exactly(wanted, kept, sizes, floors), groups, (0,) * len(sizes))

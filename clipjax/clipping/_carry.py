@@ -60,7 +60,9 @@ def carry_clipped(
 
     def init(params):
         return CarryClippedState(
-            jnp.zeros([], jnp.int32), jax.tree.map(_empty, params), inner.init(params)
+            jnp.zeros([], jnp.int32),
+            trees.zeros_of_floats(params),
+            inner.init(params),
         )
 
     def update(updates, state, params=None, **extra_args):
@@ -87,15 +89,6 @@ def carry_clipped(
         return outgoing, CarryClippedState(step, new_carry, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _empty(param: Any) -> Array | None:
-    """Returns zeros like a parameter; nothing for one that is not floating."""
-    if not trees.is_float(param):
-        return None
-    param = jnp.asarray(param)
-    never = (param == param) & (param != param)  # lies on a mesh as the parameter does
-    return never.astype(jnp.result_type(trees.wide(param)))
 
 
 def _add(update: Any, carry: Array) -> Any:

@@ -18,5 +18,4 @@ def scalar(value: Any, said: str, axis_name: AxisName) -> Float[Array, ""]:
     loss = jnp.asarray(value).astype(jnp.float32)
     if loss.ndim:
         raise ValueError(f"{said} {loss.shape}. Pass the mean.")
-    axes = meshes.axes_of(loss, axis_name)
-    return jax.lax.pmean(loss, axes) if axes else loss
+    return meshes.over(jax.lax.pmean, loss, loss, axis_name)

@@ -64,7 +64,7 @@ class Movement:
     def init(self, path: str, param: Num[Array, "..."]) -> Float[Array, "..."]:
         """Returns zeros."""
         del path
-        return _zeros(param)
+        return trees.zeros(param, jnp.float32)
 
     def track(
         self, memory: Float[Array, "..."], param: Array, update: Array
@@ -117,7 +117,7 @@ class Fisher:
     def init(self, path: str, param: Num[Array, "..."]) -> Float[Array, "..."]:
         """Returns zeros."""
         del path
-        return _zeros(param)
+        return trees.zeros(param, jnp.float32)
 
     def track(
         self, memory: Float[Array, "..."], param: Array, update: Array
@@ -216,12 +216,6 @@ def _typed(key: Any) -> Array:
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return key
     return jax.random.wrap_key_data(key)
-
-
-def _zeros(param: Num[Array, "..."]) -> Float[Array, "..."]:
-    param = jnp.asarray(param)
-    never = (param == param) & (param != param)  # lies on a mesh as the parameter does
-    return never.astype(jnp.float32)
 
 
 def _finite(new: Array, old: Array) -> Array:

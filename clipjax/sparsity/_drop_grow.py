@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from .. import _counts as counts, _meshes as meshes, selection
+from .. import _counts as counts, _meshes as meshes, norms, selection
 from .._counts import Count
 from .._types import AxisName
 from ..allocations import Budget
@@ -40,10 +40,7 @@ def moved(
 
 def part_of(number: Count, share: Float[Array, ""]) -> Count:
     """Returns ⌊share·number⌋."""
-    size = jnp.clip(share, 0, 1) * number.to_float()
-    high = jnp.floor(size / 2**16)
-    low = jnp.floor(size - high * 2**16)
-    rounded = counts.normal(high.astype(jnp.int32), low.astype(jnp.int32))
+    rounded = counts.floor(jnp.clip(share, 0, 1) * number.to_float())
     return counts.where(number.at_least(rounded), rounded, number)
 
 
@@ -81,12 +78,7 @@ def means(
         jnp.where(m, x, 0).astype(jnp.float32)
         for x, m in zip(scores, masks, strict=True)
     ]
-    peak = jnp.max(jnp.stack([_over(lax.pmax, jnp.max(x), x, axis_name) for x in kept]))
+    peak = norms.inf_norm(kept, axis_name=axis_name)
     unit = jnp.where(peak > 0, peak, 1)
-    sums = [_over(lax.psum, jnp.sum(x / unit), x, axis_name) for x in kept]
+    sums = [meshes.over(lax.psum, jnp.sum(x / unit), x, axis_name) for x in kept]
     return jnp.stack(sums) / jnp.maximum(numbers.to_float(), 1)
-
-
-def _over(collective, number: Array, x: Array, axis_name: AxisName) -> Array:
-    axes = meshes.axes_of(x, axis_name)
-    return collective(number, axes) if axes else number

@@ -100,7 +100,7 @@ def error_feedback(
 
     def init(params):
         return ErrorFeedbackState(
-            jnp.zeros([], jnp.int32), jax.tree.map(_empty, params)
+            jnp.zeros([], jnp.int32), trees.zeros_of_floats(params)
         )
 
     def update(updates, state, params=None, **extra_args):
@@ -197,15 +197,15 @@ def deep_gradient_compression(
             return moves
         norm = norms.global_norm(moves, scaled=True, axis_name=axis_name)
         bound = trees.bound_at(max_norm, step).astype(norm.dtype)
-        bound *= math.sqrt(_number(mean_over))
+        bound *= math.sqrt(meshes.size(mean_over))
         factor = jnp.where(norm > bound, bound / norm, 1)
         return {p: trees.scale(trees.wide(u), factor) for p, u in moves.items()}
 
     def init(params):
         return DeepGradientCompressionState(
             jnp.zeros([], jnp.int32),
-            jax.tree.map(_empty, params),
-            jax.tree.map(_empty, params),  # no array twice: the state may be donated
+            trees.zeros_of_floats(params),
+            trees.zeros_of_floats(params),  # no array twice: the state may be donated
         )
 
     def update(updates, state, params=None, **extra_args):
@@ -250,15 +250,6 @@ def _largest(
     return dict(zip(total, marks, strict=True))
 
 
-def _empty(param: Any) -> Array | None:
-    """Returns zeros like a parameter; nothing for one that is not floating."""
-    if not trees.is_float(param):
-        return None
-    param = jnp.asarray(param)
-    never = (param == param) & (param != param)  # lies on a mesh as the parameter does
-    return never.astype(jnp.result_type(trees.wide(param)))
-
-
 def _filled(updates: PyTree, memory: dict[str, Array]) -> dict[str, Array]:
     """Returns by path the updates that are compressed."""
     leaves = trees.floats(updates).items()
@@ -269,18 +260,8 @@ def _all_finite(
     moves: dict[str, Array], axis_name: AxisName, mean_over: AxisName
 ) -> Bool[Array, ""]:
     """Tells whether the updates are finite, on all devices."""
-    known = jnp.isfinite(norms.inf_norm(moves))
-    axes = meshes.axes_of(known, (*_names(axis_name), *_names(mean_over)))
-    # Not the norm over all devices: a maximum between them can lose a NaN.
-    return lax.pmin(known.astype(jnp.int32), axes) > 0 if axes else known
-
-
-def _names(axis_name: AxisName) -> tuple[str, ...]:
-    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
-
-
-def _number(axis_name: AxisName) -> int:
-    return math.prod(lax.axis_size(name) for name in _names(axis_name))
+    names = (*meshes.axis_names(axis_name), *meshes.axis_names(mean_over))
+    return jnp.isfinite(norms.inf_norm(moves, axis_name=names))
 
 
 def _sum(leaf: Array, other: Array) -> Array:
@@ -323,7 +304,8 @@ def _outgoing(
         differing = meshes.axes_of(result, axes)
         if not differing:
             return result
-        part = trees.wide(result) / _number(differing)  # before the sum can overflow
+        # Divided before the sum can overflow.
+        part = trees.wide(result) / meshes.size(differing)
         return lax.psum(part, differing).astype(result.dtype)
 
     return trees.map_by_path(one, updates, sent)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from .. import _checks as check, _trees as trees, masks, patterns
+from .. import _checks as check, _meshes as meshes, _trees as trees, masks, patterns
 from .._types import AxisName, Number, Schedule
 from ..allocations import Allocation
 from ..patterns import Pattern, PatternByPath
@@ -86,10 +86,8 @@ class Masking:
 
         `init` may be called outside of `jax.shard_map`, if only for its shapes.
         """
-        names = self.axis_name
         try:
-            for name in (names,) if isinstance(names, str) else names or ():
-                jax.lax.axis_index(name)
+            meshes.size(self.axis_name)
         except NameError:
             return self._alone
         return self

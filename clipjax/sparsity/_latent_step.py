@@ -116,9 +116,10 @@ class Step:
                 slope += self.rule.penalty(latent, self._sets(path, state), step)
             pulled[path] = slope
             if of_level is not None:
-                axes = meshes.axes_of(of_level, self.axis_name)
                 total = jnp.sum(of_level).astype(jnp.float32)
-                level_slopes[path] = lax.psum(total, axes) if axes else total
+                level_slopes[path] = meshes.over(
+                    lax.psum, total, of_level, self.axis_name
+                )
         return pulled, level_slopes
 
     def _sets(self, path: str, state: Any) -> Sets:

@@ -157,12 +157,7 @@ class Redistributing:
 
     def init(self, params: dict[str, Array]) -> dict[str, Array]:
         """Returns means of zero."""
-
-        def zero(x):
-            never = (x == x) & (x != x)  # lies on a mesh as the parameter does
-            return never.astype(trees.wide(x).dtype)
-
-        return {p: zero(x) for p, x in params.items()}
+        return {p: trees.zeros(x) for p, x in params.items()}
 
     def track(self, now: Now) -> dict[str, Array]:
         """Takes a finite gradient into the means."""

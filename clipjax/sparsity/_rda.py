@@ -74,7 +74,7 @@ def regularized_dual_averaging(
         return DualAveragingState(
             jnp.zeros([], jnp.int32),
             jnp.zeros([], jnp.int32),
-            jax.tree.map(_zeros, params),
+            trees.zeros_of_floats(params),
             jax.tree.map(_copy, params),
         )
 
@@ -112,15 +112,6 @@ def regularized_dual_averaging(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _zeros(param: Any) -> Array | None:
-    """Returns zeros like a parameter; nothing for one that is not floating."""
-    if not trees.is_float(param):
-        return None
-    param = jnp.asarray(param)
-    never = (param == param) & (param != param)  # lies on a mesh as the parameter does
-    return never.astype(jnp.result_type(trees.wide(param)))
 
 
 def _copy(param: Any) -> Array | None:
