@@ -101,6 +101,13 @@ def has_method(method: str, **values: Any) -> None:
             )
 
 
+def pattern(**values: Any) -> None:
+    """Raises unless every value is a pattern, or a function that returns one."""
+    for name, value in values.items():
+        if isinstance(value, type) or not callable(value):
+            has_method("masks", **{name: value})
+
+
 def one_of(*kinds: type, **values: Any) -> None:
     """Raises unless every value is an instance of one of these classes."""
     for name, value in values.items():

@@ -59,7 +59,7 @@ def of(number: int | Int[Array, "..."] | UInt[Array, "..."] | Count) -> Count:
     return Count(high, (number & (_WORD - 1)).astype(jnp.int32))
 
 
-def floor(number: Float[Array, ""]) -> Count:
+def floor(number: Float[Array, "..."]) -> Count:
     """Rounds a float down."""
     high = jnp.floor(number / _WORD)
     low = jnp.floor(number - high * _WORD)

@@ -10,7 +10,7 @@ from jaxtyping import Array, PyTree
 from . import _trees as trees
 from .clipping._state import ClipState
 from .sparsity._proximal import ProximalState
-from .sparsity._sparsify import SparsifyState
+from .sparsity._store import SparsifyState
 
 _STATES = (ClipState, SparsifyState, ProximalState)
 

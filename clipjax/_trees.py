@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from ._types import Number, Schedule
+from ._types import Number, Schedule, Where
 
 
 def path(keys: tuple[Any, ...]) -> str:
@@ -51,6 +51,11 @@ def floats(tree: PyTree) -> dict[str, Any]:
     """Returns by path the leaves that hold floating-point numbers, as JAX arrays."""
     leaves = by_path(tree).items()
     return {name: jnp.asarray(leaf) for name, leaf in leaves if is_float(leaf)}
+
+
+def chosen(tree: PyTree, where: Where) -> dict[str, Array]:
+    """Returns by path the floating leaves with entries that a function chooses."""
+    return {p: x for p, x in floats(tree).items() if x.size and where(p, x)}
 
 
 def is_float(leaf: Any) -> bool:

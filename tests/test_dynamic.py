@@ -175,24 +175,30 @@ def test_the_number_of_connections_never_changes(name):
 
 
 @pytest.mark.parametrize("name", ["set", "rigl", "snfs"])
-def test_a_move_takes_no_other_step_and_new_connections_start_anew(name):
-    history, _ = run(name)
+def test_new_connections_start_anew_and_take_the_step_of_their_move(name):
+    history, grads = run(name)
     moved = [i for *_, i, _, _ in moves(name)]
     assert moved == [2, 4, 6, 8]
     grown = 0
     for i in moved:
         (params, old, before), (after, new, state) = history[i : i + 2]
-        for path, leaf in leaves(params).items():
-            expected = np.where(new[path], leaf, 0)  # what is new was at zero
-            np.testing.assert_array_equal(leaves(after)[path], expected)
-            grown += (new[path] & ~old[path]).sum()
+        gradients = leaves(grads[i])
         then, now = before.sparse_inner[0], state.sparse_inner[0]
-        assert now.count == then.count
-        for moment in ("mu", "nu"):
+        assert now.count == then.count + 1
+        for moment, decay, power in (("mu", 0.9, 1), ("nu", 0.999, 2)):
             for path, leaf in leaves(getattr(then, moment)).items():
-                expected = np.where(old[path] & new[path], leaf, 0)
+                known = np.where(old[path] & new[path], leaf, 0)
+                step = decay * known + (1 - decay) * gradients[path] ** power
                 actual = leaves(getattr(now, moment))[path]
-                np.testing.assert_array_equal(actual, expected)
+                expected = np.where(new[path], step, 0)
+                np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-7)
+        mu, nu = leaves(now.mu), leaves(now.nu)
+        for path, leaf in leaves(params).items():
+            scale = np.sqrt(nu[path] / (1 - 0.999 ** (i + 1))) + 1e-8
+            step = -0.125 * mu[path] / (1 - 0.9 ** (i + 1)) / scale
+            expected = np.where(new[path], leaf + step, 0)
+            np.testing.assert_allclose(leaves(after)[path], expected, rtol=1e-4)
+            grown += (new[path] & ~old[path]).sum()
     assert grown > 4
 
 

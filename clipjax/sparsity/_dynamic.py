@@ -10,7 +10,7 @@ import optax
 from .. import _checks as check, _trees as trees, allocations, masks
 from .._types import AxisName, Number, Schedule, Where
 from ..allocations import Allocation
-from ._engine import Store, masked
+from ._engine import masked
 from ._moving import (
     Moving,
     RandomKey,
@@ -19,6 +19,7 @@ from ._moving import (
     gradient_growth,
     random_growth,
 )
+from ._store import Store
 
 
 def static_sparse(
@@ -146,10 +147,10 @@ def rigl(
     elsewhere, those with the largest |g|.
 
     The first mask is random.  Grown connections start at zero and with the moments that
-    `inner.init` gives; those that are dropped and grown at once keep both.  A step that
-    moves masks does nothing else, as published: `inner` is not called.  Between two
-    moves gradients of what is pruned are read by nobody, and the number of connections
-    of every layer is exact at all times.
+    `inner.init` gives; those that are dropped and grown at once keep both.  The paper
+    gives the step of a move to nothing else; here `inner` takes it too, with the new
+    masks, so no batch is lost.  Between two moves gradients of what is pruned are read
+    by nobody, and the number of connections of every layer is exact at all times.
 
     A grown connection is zero until its first step, and so masks are always stored.  A
     step with a NaN or an infinity in the gradients of the selected leaves moves
@@ -180,7 +181,7 @@ def rigl(
         >>> params = {"kernel": jnp.full((2, 4), 8.0)}
         >>> grads = {"kernel": jnp.array([[1.0, 2.0, 1.0, 1.0], [1.0, 1.0, 1.0, 3.0]])}
         >>> state = tx.init(params)
-        >>> for _ in range(4):  # two steps, a move of one connection, and a step
+        >>> for _ in range(3):  # two steps, and one after a move of one connection
         ...     updates, state = tx.update(grads, state, params)
         ...     params = optax.apply_updates(params, updates)
         >>> params["kernel"]

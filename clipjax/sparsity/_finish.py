@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 
 from .. import _checks as check, _trees as trees, masks
 from .._types import Where
-from ._sparsify import SparsifyState
+from ._store import SparsifyState
 
 
 class KeepZerosState(NamedTuple):

@@ -20,7 +20,7 @@ from .._types import AxisName, Number, Schedule, Where
 from ..reparametrizations import Reparametrization, straight_through
 from ._latent_masks import Masking, kept_of
 from ._latent_step import Step
-from ._sparsify import SparsifyState
+from ._store import SparsifyState
 
 
 class LatentState(NamedTuple):
@@ -123,8 +123,7 @@ def latent(
     )
 
     def init(params):
-        leaves = trees.floats(params)
-        leaves = {p: x for p, x in leaves.items() if x.size and where(p, x)}
+        leaves = trees.chosen(params, where)
         start = stepping.first(params, leaves)
         weights = {p: stepping.weights(start, p) for p in leaves}
         makes = masking.here()

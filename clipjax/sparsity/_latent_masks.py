@@ -15,17 +15,9 @@ from ..allocations import Allocation
 from ..patterns import Pattern, PatternByPath
 from ..reparametrizations import Identity, Power, Reparametrization
 from ..scores import Magnitude, Score, Tracked, magnitude
-from ._sparsify import (
-    _NEVER,
-    SparsifyState,
-    _is_due,
-    _measured,
-    _pack,
-    _scored,
-    _unpack,
-)
+from ._ranked import scored
+from ._store import NEVER, Leaves, SparsifyState, is_due, measured, pack, unpack
 
-Leaves = dict[str, Array]
 Scores = dict[str, Array | Magnitude]
 
 
@@ -45,8 +37,7 @@ class Masking:
         if self.sparsity is not None:
             check.between(0, 1, sparsity=self.sparsity)
         check.at_least(1, every=self.every)
-        if isinstance(self.pattern, type) or not callable(self.pattern):
-            check.has_method("masks", pattern=self.pattern)
+        check.pattern(pattern=self.pattern)
         check.function(allocation=self.allocation)
         if not isinstance(self.score, Tracked):
             check.function(score=self.score)
@@ -107,12 +98,12 @@ class Masking:
         They hold for one step only: another score may need a gradient.
         """
         step = jnp.zeros([], jnp.int32)
-        scored = _scored(magnitude, {}, weights, weights)
+        ranks = scored(magnitude, {}, weights, weights)
         old = {p: masks.full(w) for p, w in weights.items()}
         bits, shares, total, explored = self._made(
-            step, weights, scored, old, thresholds
+            step, weights, ranks, old, thresholds
         )
-        age = jnp.asarray(_NEVER, jnp.int32)
+        age = jnp.asarray(NEVER, jnp.int32)
         return SparsifyState(step, age, bits, shares, total, memory), explored
 
     def next(
@@ -120,7 +111,7 @@ class Masking:
     ) -> tuple[SparsifyState, Leaves]:
         """Returns the masks after a step, made anew if they are due."""
         old = state.latent_masks
-        due = known & _is_due(old, self.every) if self.stores else known
+        due = known & is_due(old, self.every) if self.stores else known
 
         def hold():
             shares = old.leaf_sparsity
@@ -128,9 +119,9 @@ class Masking:
 
         def search():
             kept = {p: kept_of(old, p, w) for p, w in weights.items()}
-            scored = _scored(self.score, old.score_memory, weights, slopes)
+            ranks = scored(self.score, old.score_memory, weights, slopes)
             bits, shares, total, explored = self._made(
-                old.step, weights, scored, kept, state.fixed_thresholds
+                old.step, weights, ranks, kept, state.fixed_thresholds
             )
             return (
                 old.mask_bits | bits,
@@ -157,7 +148,7 @@ class Masking:
         self,
         step: Int[Array, ""],
         weights: Leaves,
-        scored: Scores,
+        ranks: Scores,
         kept: Leaves,
         thresholds: dict[str, Float[Array, ""]],
     ) -> tuple[Leaves, Leaves, Array, Leaves]:
@@ -175,13 +166,13 @@ class Masking:
             kept = {p: masks.nonzero(w) for p, w in weights.items()}
         else:
             share = jnp.clip(trees.value_at(self.sparsity, step), 0, 1)
-            kept = self._selected(self._favoring(kept, scored, step), weights, share)
+            kept = self._selected(self._favoring(kept, ranks, step), weights, share)
         explored = {}
         if self.rule.backward_sparsity is not None:
             least = trees.value_at(self.rule.backward_sparsity, step)
-            wider = self._selected(scored, weights, jnp.clip(least, 0, share))
-            explored = {p: _pack(wider[p] | mask) for p, mask in kept.items()}
-        bits, shares, total = _measured(kept, self.axis_name)
+            wider = self._selected(ranks, weights, jnp.clip(least, 0, share))
+            explored = {p: pack(wider[p] | mask) for p, mask in kept.items()}
+        bits, shares, total = measured(kept, self.axis_name)
         return bits if self.stores else {}, shares, total, explored
 
     def _selected(
@@ -209,7 +200,7 @@ class Masking:
 def kept_of(state: SparsifyState, path: str, weights: Array) -> Bool[Array, "..."]:
     """Returns which entries of a leaf the network has."""
     if path in state.mask_bits:
-        return _unpack(state.mask_bits[path], weights)
+        return unpack(state.mask_bits[path], weights)
     return masks.nonzero(weights)
 
 

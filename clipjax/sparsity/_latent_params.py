@@ -8,7 +8,7 @@ from jaxtyping import Array, PyTree
 
 from .. import _trees as trees, masks
 from ._latent import LatentState
-from ._sparsify import _unpack
+from ._store import unpack
 
 
 def sparse_params(opt_state: PyTree, params: PyTree) -> PyTree:
@@ -34,7 +34,7 @@ def sparse_params(opt_state: PyTree, params: PyTree) -> PyTree:
     """
     bits = _collected(opt_state, lambda state: state.latent_masks.mask_bits)
     return trees.map_by_path(
-        lambda param, own: masks.apply(_unpack(own, param), param), params, bits
+        lambda param, own: masks.apply(unpack(own, param), param), params, bits
     )
 
 

@@ -13,8 +13,8 @@ from .. import _meshes as meshes, _trees as trees, masks
 from .._types import AxisName
 from ..reparametrizations import Reparametrization, Sets
 from ..scores import Score, Tracked
-from ._latent_masks import Leaves, kept_of
-from ._sparsify import _unpack
+from ._latent_masks import kept_of
+from ._store import Leaves, unpack
 
 
 class Moved(NamedTuple):
@@ -109,7 +109,7 @@ class Step:
             latent, level = state.latents[path], state.levels.get(path)
             slope = jnp.asarray(slope, latent.dtype)
             if path in state.explored_bits:
-                slope = masks.apply(_unpack(state.explored_bits[path], latent), slope)
+                slope = masks.apply(unpack(state.explored_bits[path], latent), slope)
             slope, of_level = self.rule.curve.pull_back(slope, latent, level)
             if self.rule.penalty is not None:
                 step = state.latent_masks.step
@@ -126,7 +126,7 @@ class Step:
         latent = state.latents[path]
         explored = masks.full(latent)
         if path in state.explored_bits:
-            explored = _unpack(state.explored_bits[path], latent)
+            explored = unpack(state.explored_bits[path], latent)
         return Sets(
             kept_of(state.latent_masks, path, self.weights(state, path)),
             explored,

@@ -19,7 +19,7 @@ from ._latent import LatentState
 from ._proximal import ProximalState
 from ._rda import DualAveragingState
 from ._rewind import RewindingState
-from ._sparsify import SparsifyState
+from ._store import SparsifyState
 
 _PROJECTIONS = (  # what makes parameters exactly zero, and so stands last
     SparsifyState,

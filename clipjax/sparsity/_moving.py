@@ -22,7 +22,8 @@ from .._types import AxisName, Number, Schedule
 from ..allocations import Allocation, Budget
 from ..scores._tracked import drawn, leaf_key
 from . import _drop_grow as drop_grow
-from ._engine import Masks, Now
+from ._ranked import Now
+from ._store import Masks
 
 RandomKey = Key[Array, ""] | UInt32[Array, " 2"]
 
@@ -57,7 +58,6 @@ class Start:
     key: RandomKey
     allocation: Allocation
     axis_name: AxisName
-    rests: bool = False
 
     def __post_init__(self) -> None:
         check.between(0, 1, sparsity=self.sparsity)
@@ -112,7 +112,6 @@ class Moving:
     start: Start
     fraction: Number | Schedule
     growth: Growth
-    rests: bool = True
 
     def init(self, params: dict[str, Array]) -> dict[str, Array]:
         """Returns nothing."""
@@ -153,7 +152,6 @@ class Redistributing:
     start: Start
     fraction: Number | Schedule
     decay: Number | Schedule
-    rests: bool = True
 
     def init(self, params: dict[str, Array]) -> dict[str, Array]:
         """Returns means of zero."""

@@ -89,12 +89,8 @@ def proximal(
     check.one_of(scopes.Unit, scopes.Layer, scopes.Leaf, scope=scope)
     check.function(where=where)
 
-    def chosen(params):
-        leaves = trees.floats(params)
-        return {p: x for p, x in leaves.items() if x.size and where(p, x)}
-
     def init(params):
-        shares = {p: jnp.zeros([], jnp.float32) for p in chosen(params)}
+        shares = {p: jnp.zeros([], jnp.float32) for p in trees.chosen(params, where)}
         return ProximalState(
             jnp.zeros([], jnp.int32), shares, jnp.zeros([], jnp.float32)
         )
@@ -103,7 +99,7 @@ def proximal(
         del extra_args
         check.given_params("proximal", params)
         everything, moves = trees.floats(params), trees.floats(updates)
-        leaves = {p: x for p, x in chosen(params).items() if p in moves}
+        leaves = {p: x for p, x in trees.chosen(params, where).items() if p in moves}
         eta = trees.bound_at(learning_rate, state.step)
         rule = thresholds.at_step(penalty, state.step)
         targets, results = {}, {}

@@ -57,14 +57,13 @@ def prune(
     """
     check.between(0, 1, sparsity=sparsity)
     check.function(allocation=allocation, where=where)
-    if isinstance(pattern, type) or not callable(pattern):
-        check.has_method("masks", pattern=pattern)
+    check.pattern(pattern=pattern)
     if isinstance(score, scores.Tracked):
         raise TypeError(
             f"score must not need a memory of past steps, but is {score!r}. Pass a"
             " function, or a tree such as `scores.snip` or `scores.random` returns."
         )
-    leaves = {p: x for p, x in trees.floats(params).items() if x.size and where(p, x)}
+    leaves = trees.chosen(params, where)
     scored = _scored(score, leaves)
     marked = patterns.marks(
         scored,

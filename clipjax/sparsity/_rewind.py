@@ -5,13 +5,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
 from .. import _checks as check, _trees as trees, allocations, masks, patterns
 from .._types import AxisName, Number, Schedule, Where
 from ..allocations import Allocation
-from ._engine import Store
-from ._sparsify import SparsifyState, _projected
+from ._store import SparsifyState, Store, hidden, is_due, projected
 
 _STEPS = 3  # that a rewind takes: θ + (θₖ - θ) is θₖ only if the two are close
 
@@ -122,35 +121,37 @@ def rewinding(
         now = state.rewinding
         moves, own = trees.floats(updates), trees.floats(params)
         own = {p: x for p, x in own.items() if p in moves}
-        leaves = {p: x for p, x in store.chosen(params).items() if p in moves}
+        leaves = {p: x for p, x in trees.chosen(params, where).items() if p in moves}
         early = _at(state.rewound, own, now.step, rewind_step)
         more = state.rounds_done.astype(jnp.float32) < trees.value_at(rounds, now.step)
-        due = more & store.is_due(now, {p: moves[p] for p in leaves})
-        read, after = store.next(
-            now, leaves, due, lambda old: smallest(state, leaves, old)
+        read, after, _, due = store.change(
+            now,
+            leaves,
+            more & is_due(now, every),
+            lambda old, _: (smallest(state, leaves, old), ()),
+            (),
+            {p: moves[p] for p in leaves},
         )
         rewinds = due | (now.mask_age < 0)
 
-        def train():
-            kept = read()
-            incoming = trees.map_by_path(_hidden, updates, kept)
-            visible = trees.map_by_path(_hidden, params, kept)
-            outgoing, then = inner.update(
-                incoming, state.rewinding_inner, visible, **extra_args
-            )
-            outgoing = trees.floats(outgoing)
-            return {p: _as_wide(outgoing[p], x) for p, x in own.items()}, then
+        kept = read()
+        outgoing, inner_state = inner.update(
+            trees.map_by_path(hidden, updates, kept),
+            state.rewinding_inner,
+            trees.map_by_path(hidden, params, kept),
+            **extra_args,
+        )
+        target = trees.map_by_path(lambda _, x: x, params, early)
+        target = trees.map_by_path(hidden, target, kept)
+        inner_state = jax.lax.cond(
+            rewinds, lambda _: inner.init(target), lambda after: after, inner_state
+        )
 
-        def rewind():
-            target = trees.map_by_path(lambda _, x: x, params, early)
-            target = trees.map_by_path(_hidden, target, read())
-            kinds, _ = jax.eval_shape(train)
-            ends = trees.floats(target)
-            way = {p: (ends[p] - x).astype(kinds[p].dtype) for p, x in own.items()}
-            return way, inner.init(target)
+        def toward(update, param, end):
+            update = _as_wide(update, param)
+            return jnp.where(rewinds, (end - param).astype(update.dtype), update)
 
-        outgoing, inner_state = jax.lax.cond(rewinds, rewind, train)
-        outgoing = trees.map_by_path(lambda _, new: new, updates, outgoing)
+        outgoing = trees.map_by_path(toward, outgoing, own, trees.floats(target))
         age = jnp.where(due, 1 - _STEPS, trees.next_step(now.mask_age))
         new_state = RewindingState(
             after._replace(mask_age=age),
@@ -158,7 +159,7 @@ def rewinding(
             early,
             inner_state,
         )
-        return trees.map_by_path(_projected, outgoing, leaves, read()), new_state
+        return trees.map_by_path(projected, outgoing, leaves, kept), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -172,13 +173,9 @@ def _check_first_round(every: Number | Schedule, rewind_step: Number) -> None:
         )
 
 
-def _hidden(leaf: Any, mask: Bool[Array, "..."]) -> Array:
-    return masks.apply(mask, leaf)
-
-
 def _as_wide(update: Array, param: Array) -> Array:
     """Casts an update to its parameter's dtype, if that is wider."""
-    return _projected(update, param, masks.full(param))
+    return projected(update, param, masks.full(param))
 
 
 def _at(

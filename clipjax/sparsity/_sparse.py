@@ -1,15 +1,12 @@
 """Sparsity around an optimizer: nothing of what is pruned reaches it."""
 
-import dataclasses
-
-import jax.numpy as jnp
 import optax
-from jaxtyping import Array
 
-from .. import _checks as check, _trees as trees, allocations, masks, patterns, scores
+from .. import allocations, masks, patterns, scores
 from .._types import AxisName, Number, Schedule, Where
-from ._engine import Masks, Now, Store, masked
-from ._sparsify import _scored, _tracked
+from ._engine import masked
+from ._ranked import Ranked
+from ._store import Store
 
 
 def sparse(
@@ -29,13 +26,13 @@ def sparse(
     m = pattern(score(θ, g), s(t)),  u ← inner(m⊙g, m⊙θ),  uᵢ ← -θᵢ where mᵢ = 0
 
     `sparsify` around a whole optimizer instead of behind it.  Scores see the raw
-    gradient.  `inner` sees zeros where parameters are pruned, and what it remembers of
-    these is at every step what `inner.init` makes it: no dead moment counts in a norm,
-    and a parameter that returns starts anew.  Nothing of `inner` is known for that: its
-    memory of a parameter are the floating arrays of its state that have the parameter's
-    shape and a path that ends in the parameter's.  Other shapes, such as Adafactor's
-    means of rows and columns or the vector of `optax.flatten`, are left alone: they
-    fade, since they too see zeros.
+    gradient.  `inner` sees zeros where parameters are pruned, and with a new mask it
+    forgets what this hides: that memory is again what `inner.init` makes it.  So no
+    dead moment counts in a norm, and a parameter that returns starts anew.  Nothing of
+    `inner` is known for that: its memory of a parameter are the floating arrays of its
+    state that have the parameter's shape and a path that ends in the parameter's.
+    Other shapes, such as Adafactor's means of rows and columns or the vector of
+    `optax.flatten`, are left alone: they fade, since they too see zeros.
 
     `optax.apply_updates` then gives exact zeros, so long as nothing follows in the
     chain.  Masks, their storage, dtypes and the step at which they are due are those of
@@ -73,45 +70,6 @@ def sparse(
         Michael Zhu, Suyog Gupta, To Prune, or Not to Prune: Exploring the Efficacy of
         Pruning for Model Compression, 2017, https://arxiv.org/abs/1710.01878
     """
-    check.between(0, 1, sparsity=sparsity)
-    check.function(allocation=allocation)
-    if not isinstance(score, scores.Tracked):
-        check.function(score=score)
-    if isinstance(pattern, type) or not callable(pattern):
-        check.has_method("masks", pattern=pattern)
-    rule = _Ranked(sparsity, score, pattern, allocation, axis_name)
+    rule = Ranked(sparsity, score, pattern, allocation, axis_name)
     store = Store(every, where, storage, axis_name)
     return masked(inner, rule, store, name="sparse")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Ranked:
-    """Keeps what has the highest scores."""
-
-    sparsity: Number | Schedule
-    score: scores.Score | scores.Tracked
-    pattern: patterns.Pattern | patterns.PatternByPath
-    allocation: allocations.Allocation
-    axis_name: AxisName
-    rests: bool = False
-
-    def init(self, params: dict[str, Array]) -> dict[str, Array]:
-        if not isinstance(self.score, scores.Tracked):
-            return {}
-        return {path: self.score.init(path, x) for path, x in params.items()}
-
-    def track(self, now: Now) -> dict[str, Array]:
-        if not isinstance(self.score, scores.Tracked):
-            return now.memory
-        return _tracked(self.score, now.memory, now.params, now.updates, self.axis_name)
-
-    def masks(self, now: Now, old: Masks) -> Masks:
-        del old
-        return patterns.marks(
-            _scored(self.score, now.memory, now.params, now.updates),
-            now.params,
-            jnp.clip(trees.value_at(self.sparsity, now.step), 0, 1),
-            pattern=self.pattern,
-            allocation=self.allocation,
-            axis_name=self.axis_name,
-        )
