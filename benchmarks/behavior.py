@@ -48,6 +48,8 @@ COLUMNS = {  # what is asked of `adaptive_clip`
     "touched, drift up": "≤ 15 %",
     "touched, drift down": "≤ 15 %",
     "touched, Student-t": "≤ 10 %",
+    "a NaN comes out as": "0",
+    "and moves later norms by": "0.0 %",
 }
 
 
@@ -61,6 +63,7 @@ def scenarios(seed):
     rng = np.random.default_rng(seed)
     before = level(rng, WARM)
     drift = 10.0 ** (np.arange(1000) / 1000)
+    after = level(np.random.default_rng(SEEDS + seed), 100)
 
     def then(*norms):
         return np.concatenate([before, *norms])
@@ -75,6 +78,8 @@ def scenarios(seed):
         "up": then(level(rng, 1000, drift)),
         "down": then(level(rng, 1000, 1 / drift)),
         "student": np.abs(1 + 0.1 * rng.standard_t(3, WARM + 3000)),
+        "whole": then(after),
+        "nan": then([np.nan], after),
         **{f"early {n}": np.append(level(rng, n), 100.0) for n in range(5)},
     }
 
@@ -141,12 +146,24 @@ def figures(tx):
         touched("up"),
         touched("down"),
         touched("student"),
+        max(o["nan"][WARM] for o in went),
+        max(moved(o["nan"][WARM + 1 :], o["whole"][WARM:]) for o in went),
     ]
+
+
+def moved(norms, without):
+    """Returns the largest relative difference: infinite if norms are not numbers."""
+    change = np.abs(norms - without) / np.maximum(np.abs(without), 1e-9)
+    return np.nan_to_num(np.max(change), nan=np.inf)
 
 
 def text(column, value):
     """Spells a figure."""
-    if "touched" in column:
+    if np.isnan(value):
+        return "NaN"
+    if "moves" in column and np.isinf(value):
+        return "NaN for ever"
+    if "touched" in column or "moves" in column:
         return f"{100 * value:.1f} %"
     if "until" in column:
         return "never" if np.isinf(value) else f"{value:.0f}"

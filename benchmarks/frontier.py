@@ -63,8 +63,8 @@ class Goal(NamedTuple):
 
 
 GOALS = (
-    Goal("lenet_300_100", 10, 1.5, Recipe()),
-    Goal("lenet_300_100", 20, 1.5, Recipe()),
+    Goal("lenet_300_100", 10, 1.5, Recipe(epochs=30)),
+    Goal("lenet_300_100", 20, 1.5, Recipe(epochs=30)),
     Goal("lenet_300_100", 49, 1.57, Recipe()),  # in 16,113 bytes
     Goal("lenet_300_100", 68, 1.92, Recipe()),
     Goal("lenet_5", 108, 0.91, BY_LAYER),
