@@ -51,10 +51,10 @@ def rewinding(
     to θₖ: after them, θₖ is there bit for bit unless θ was larger by a factor of 2²²
     (in bfloat16, of 2¹⁴).  What is pruned is exactly zero from the first one on.
 
-    The schedules of `inner` start anew with every round.  A prune is due until it
-    happens, so a step that a wrapper discards loses nothing; with a NaN or an infinity
-    in the gradients of the selected leaves it waits.  Gradients and parameters of what
-    is pruned are hidden from `inner`.
+    `inner` and its schedules start anew with the first step of every round.  A prune is
+    due until it happens, so a step that a wrapper discards loses nothing; with a NaN or
+    an infinity in the gradients of the selected leaves it waits.  Gradients and
+    parameters of what is pruned are hidden from `inner`.
 
     Memory beside that of `inner`: θₖ, one more copy of all floating leaves, and one bit
     a parameter or none, by `storage`.
@@ -135,23 +135,26 @@ def rewinding(
         rewinds = due | (now.mask_age < 0)
 
         kept = read()
+        visible = trees.map_by_path(hidden, params, kept)
+        # Before the first step of a round: behind a step, the branch would copy.
+        inner_state = jax.lax.cond(
+            now.mask_age == 0,
+            lambda _: inner.init(visible),
+            lambda old: old,
+            state.rewinding_inner,
+        )
         outgoing, inner_state = inner.update(
             trees.map_by_path(hidden, updates, kept),
-            state.rewinding_inner,
-            trees.map_by_path(hidden, params, kept),
+            inner_state,
+            visible,
             **extra_args,
-        )
-        target = trees.map_by_path(lambda _, x: x, params, early)
-        target = trees.map_by_path(hidden, target, kept)
-        inner_state = jax.lax.cond(
-            rewinds, lambda _: inner.init(target), lambda after: after, inner_state
         )
 
         def toward(update, param, end):
             update = _as_wide(update, param)
             return jnp.where(rewinds, (end - param).astype(update.dtype), update)
 
-        outgoing = trees.map_by_path(toward, outgoing, own, trees.floats(target))
+        outgoing = trees.map_by_path(toward, outgoing, own, early)
         age = jnp.where(due, 1 - _STEPS, trees.next_step(now.mask_age))
         new_state = RewindingState(
             after._replace(mask_age=age),
