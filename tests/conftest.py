@@ -3,6 +3,7 @@
 They stand here, at import, because JAX reads some of them when it starts.
 """
 
+import gc
 import os
 
 import jax
@@ -12,6 +13,8 @@ QUICK = ["--xla_backend_optimization_level=0"]
 if jax.__version_info__ < (0, 11):  # later ones have no other emitters
     QUICK += ["--xla_cpu_use_fusion_emitters=false"]  # these compile twice as long
 QUICK += ["--xla_cpu_parallel_codegen_split_count=1"]
+gc.freeze()
+gc.set_threshold(100_000, 50, 100)  # a trace makes many objects, and most stay alive
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *QUICK])
 
 jax.config.update("jax_num_cpu_devices", 8)

@@ -122,7 +122,7 @@ def test_it_remembers_one_copy_of_the_parameters_and_a_bit_each():
 
 
 def test_a_rewind_waits_for_a_finite_gradient_and_a_wrapper():
-    tx = clipjax.rewinding(optax.sgd(0.1), every=2, rounds=1, storage=masks.Zeros())
+    tx = clipjax.rewinding(optax.sgd(0.1), every=2, rounds=1, storage=masks.Booleans())
     wrapped = optax.apply_if_finite(tx, 9)
     params = {"kernel": normal((6, 8))}
     with relaxed():

@@ -211,12 +211,14 @@ INNER = {
     "multi_steps": optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation(),
     "carry": clipjax.carry_clipped(optax.clip(0.1)),
     "reset": clipjax.reset_moments(optax.adam(0.1), every=3),
+    "adabelief": optax.adabelief(0.1, eps_root=1e-2),
+    "centralize": optax.chain(optax.centralize(), optax.sgd(0.1, momentum=0.9)),
     "schedule_free": optax.contrib.schedule_free(optax.sgd(0.1), 0.1, b1=0.9),
 }
 
 
 @pytest.mark.parametrize("name", INNER)
-def test_with_a_new_mask_what_it_hides_has_new_moments(name):
+def test_with_a_new_mask_what_it_or_the_last_hides_has_new_moments(name):
     """The scores are random, and so entries come and go with every mask."""
     inner = optax.with_extra_args_support(INNER[name])
     tx = quick(inner, 0.6, score=largest_gradient, every=2)
@@ -224,30 +226,34 @@ def test_with_a_new_mask_what_it_hides_has_new_moments(name):
     steps = gradients({"kernel": (6, 8), "bias": (8,)}, 5)
     known, kept, returned, differ = inner.init(params), np.ones((6, 8), bool), 0, 0
     for number, (after, state) in enumerate(train(tx, params, steps)):
-        last, kept = (
-            kept,
-            np.asarray(masks.unpack(state.sparse.mask_bits["kernel"], 8)),
-        )
+        last = kept
+        kept = np.asarray(masks.unpack(state.sparse.mask_bits["kernel"], 8))
         assert kept.sum() == 19
         returned += (kept & ~last).sum()
-        show = lambda tree: tree | {"kernel": tree["kernel"] * kept}  # noqa: B023, E731
+        visible = seen(params, kept)
         with relaxed():
             if number % 2 == 0:
-                fresh, stays = inner.init(show(params)), kept
-                differ += sum(
-                    (old != new).sum()
-                    for old, new in zip(*map(own, (known, fresh)), strict=True)
-                )
-                known = jax.tree.map(
-                    lambda old, new: jnp.where(stays, old, new) if own(old) else old,  # noqa: B023
-                    known,
-                    fresh,
-                )
-            _, known = jax.jit(inner.update)(show(steps[number]), known, show(params))
+                fresh = inner.init(visible)
+                pairs = zip(*map(own, (known, fresh)), strict=True)
+                differ += sum((old != new).sum() for old, new in pairs)
+                stays = last & kept & np.asarray(params["kernel"] != 0)
+                known = anew(known, fresh, stays)
+            _, known = jax.jit(inner.update)(seen(steps[number], kept), known, visible)
         assert_same(state.sparse_inner, known, rtol=1e-5, atol=1e-6)
         params = after
     assert returned > 0
     assert differ > 0
+
+
+def seen(tree, mask):
+    return tree | {"kernel": jnp.where(mask, tree["kernel"], 0)}
+
+
+def anew(known, fresh, stays):
+    """The moments of the kernel, new where they do not stay."""
+    return jax.tree.map(
+        lambda old, new: jnp.where(stays, old, new) if own(old) else old, known, fresh
+    )
 
 
 def own(tree):

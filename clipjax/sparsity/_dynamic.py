@@ -19,7 +19,7 @@ from ._moving import (
     gradient_growth,
     random_growth,
 )
-from ._store import Store
+from ._store import Store, check_storage
 
 
 def static_sparse(
@@ -119,7 +119,7 @@ def sparse_evolutionary(
         https://arxiv.org/abs/1707.04780
     """
     check.between(0, 1, drop_fraction=drop_fraction)
-    _check_storage("sparse_evolutionary", storage)
+    check_storage("sparse_evolutionary", storage)
     start = Start(sparsity, key, allocation, axis_name)
     rule = Moving(start, drop_fraction, random_growth)
     store = Store(every, where, storage, axis_name)
@@ -194,7 +194,7 @@ def rigl(
     """
     check.between(0, 1, drop_fraction=drop_fraction, stop=stop)
     check.positive(total_steps=total_steps)
-    _check_storage("rigl", storage)
+    check_storage("rigl", storage)
 
     def end():
         return jnp.asarray(stop, jnp.float32) * jnp.asarray(total_steps, jnp.float32)
@@ -270,7 +270,7 @@ def sparse_momentum(
     check.between(0, 1, drop_fraction=drop_fraction)
     check.below_one(decay=decay)
     check.positive(total_steps=total_steps)
-    _check_storage("sparse_momentum", storage)
+    check_storage("sparse_momentum", storage)
     start = Start(sparsity, key, allocation, axis_name)
     fraction = _annealed(drop_fraction, lambda: jnp.asarray(total_steps, jnp.float32))
     store = Store(every, where, storage, axis_name)
@@ -296,12 +296,3 @@ def _until(end, every):
         return jnp.where(goes_on, trees.value_at(every, step), jnp.inf)
 
     return value
-
-
-def _check_storage(name, storage):
-    if isinstance(storage, masks.Zeros):
-        raise ValueError(
-            f"{name} keeps connections that are zero until their first step, so"
-            " storage must not be `Zeros()`, which takes them for pruned. Leave it at"
-            " `Bits()`."
-        )

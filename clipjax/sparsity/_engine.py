@@ -3,7 +3,8 @@
 A rule says which entries a new mask keeps.  All else is the same for every method: raw
 gradients reach the rule and nobody else, the optimizer sees neither gradients nor
 parameters of what is not kept, and with a new mask its memory of these restarts: only
-then, since moments that pass through a branch unchanged are not copied.
+then, since moments that pass through a branch unchanged are not copied if the state is
+donated, or carried by a scan.
 """
 
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from .. import _checks as check, _trees as trees
+from .. import _checks as check, _trees as trees, masks
 from ._ranked import Now
 from ._restart import restarted
 from ._store import Leaves, Masks, SparsifyState, Store, hidden, is_due, projected
@@ -74,15 +75,17 @@ def masked(
         def make(old, inner_state):
             new = rule.masks(now, old)
             visible = trees.map_by_path(hidden, params, new)
-            return new, restarted(inner, inner_state, visible, new)
+            # The last mask, by its zeros: to read its bits here would copy them.
+            stays = {p: new[p] & masks.nonzero(x) for p, x in leaves.items()}
+            return new, restarted(inner, inner_state, visible, stays)
 
         read, after, inner_state, made = store.change(
             state.sparse._replace(score_memory=now.memory),
             leaves,
             is_due(state.sparse, store.every),
             make,
-            state.sparse_inner,
-            moves,
+            other=state.sparse_inner,
+            updates=moves,
         )
         kept = read()
         outgoing, inner_state = inner.update(

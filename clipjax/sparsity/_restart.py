@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, PyTree
 
-from .. import _trees as trees
+from .. import _meshes as meshes, _trees as trees
 
 
 def restarted(
@@ -32,7 +32,8 @@ def restarted(
             return old
         if jnp.shape(old) != mask.shape or jnp.shape(new) != mask.shape:
             return old  # such as the means of rows and columns
-        return jnp.where(mask, old, jnp.asarray(new, old.dtype))
+        new = meshes.like(jnp.asarray(new, old.dtype), old)
+        return jnp.where(meshes.like(mask, old), old, new)
 
     return jax.tree_util.tree_map_with_path(one, inner_state)
 

@@ -5,12 +5,26 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, PyTree
 
-from .. import _checks as check, _trees as trees, allocations, masks, patterns
+from .. import (
+    _checks as check,
+    _meshes as meshes,
+    _trees as trees,
+    allocations,
+    masks,
+    patterns,
+)
 from .._types import AxisName, Number, Schedule, Where
 from ..allocations import Allocation
-from ._store import SparsifyState, Store, hidden, is_due, projected
+from ._store import (
+    SparsifyState,
+    Store,
+    check_storage,
+    hidden,
+    is_due,
+    projected,
+)
 
 _STEPS = 3  # that a rewind takes: θ + (θₖ - θ) is θₖ only if the two are close
 
@@ -33,7 +47,7 @@ def rewinding(
     rewind_step: Number = 0,
     allocation: Allocation = allocations.global_,
     where: Where = masks.weights,
-    storage: masks.Storage = masks.Bits(),
+    storage: masks.Bits | masks.Booleans = masks.Bits(),
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Prunes the smallest parameters in rounds, each from the same early parameters.
@@ -51,13 +65,15 @@ def rewinding(
     to θₖ: after them, θₖ is there bit for bit unless θ was larger by a factor of 2²²
     (in bfloat16, of 2¹⁴).  What is pruned is exactly zero from the first one on.
 
-    `inner` and its schedules start anew with the first step of every round.  A prune is
-    due until it happens, so a step that a wrapper discards loses nothing; with a NaN or
-    an infinity in the gradients of the selected leaves it waits.  Gradients and
-    parameters of what is pruned are hidden from `inner`.
+    `inner` and its schedules start anew with the first step of every round; its steps
+    while the parameters rewind come to nothing.  A prune is due until it happens, so a
+    step that a wrapper discards loses nothing; with a NaN or an infinity in the
+    gradients of the selected leaves it waits.  Gradients and parameters of what is
+    pruned are hidden from `inner`.  Donate the state, or step inside a scan, or XLA
+    copies it in every step.
 
     Memory beside that of `inner`: θₖ, one more copy of all floating leaves, and one bit
-    a parameter or none, by `storage`.
+    a parameter.
 
     Args:
         inner: the optimizer, or any chain with it; extra arguments are passed on.
@@ -92,6 +108,7 @@ def rewinding(
     check.between(0, 1, rate=rate)
     check.not_negative(rounds=rounds, rewind_step=rewind_step)
     check.function(allocation=allocation)
+    check_storage("rewinding", storage)
     store = Store(every, where, storage, axis_name)
     _check_first_round(every, rewind_step)
     inner = optax.with_extra_args_support(inner)
@@ -124,29 +141,27 @@ def rewinding(
         leaves = {p: x for p, x in trees.chosen(params, where).items() if p in moves}
         early = _at(state.rewound, own, now.step, rewind_step)
         more = state.rounds_done.astype(jnp.float32) < trees.value_at(rounds, now.step)
-        read, after, _, due = store.change(
+        read, after, _, made = store.change(
             now,
             leaves,
             more & is_due(now, every),
             lambda old, _: (smallest(state, leaves, old), ()),
-            (),
-            {p: moves[p] for p in leaves},
+            updates={p: moves[p] for p in leaves},
         )
-        rewinds = due | (now.mask_age < 0)
+        rewinds = made | (now.mask_age < 0)
 
-        kept = read()
-        visible = trees.map_by_path(hidden, params, kept)
         # Before the first step of a round: behind a step, the branch would copy.
         inner_state = jax.lax.cond(
-            now.mask_age == 0,
-            lambda _: inner.init(visible),
+            (now.mask_age == 0) & (state.rounds_done > 0),
+            lambda old: _anew(inner, trees.map_by_path(hidden, params, read()), old),
             lambda old: old,
             state.rewinding_inner,
         )
+        kept = read()
         outgoing, inner_state = inner.update(
             trees.map_by_path(hidden, updates, kept),
             inner_state,
-            visible,
+            trees.map_by_path(hidden, params, kept),
             **extra_args,
         )
 
@@ -155,16 +170,28 @@ def rewinding(
             return jnp.where(rewinds, (end - param).astype(update.dtype), update)
 
         outgoing = trees.map_by_path(toward, outgoing, own, early)
-        age = jnp.where(due, 1 - _STEPS, trees.next_step(now.mask_age))
+        age = jnp.where(made, 1 - _STEPS, trees.next_step(now.mask_age))
         new_state = RewindingState(
             after._replace(mask_age=age),
-            state.rounds_done + due.astype(jnp.int32),
+            state.rounds_done + made.astype(jnp.int32),
             early,
             inner_state,
         )
         return trees.map_by_path(projected, outgoing, leaves, kept), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _anew(inner: optax.GradientTransformation, params: PyTree, old: PyTree) -> PyTree:
+    """Returns a first state, of the dtypes of the one there is and laid out as it."""
+
+    def one(new, was):
+        if not trees.is_number(was):
+            return new  # a random key
+        was = jnp.asarray(was)
+        return meshes.like(jnp.asarray(new, was.dtype), was)
+
+    return jax.tree.map(one, inner.init(params), old)
 
 
 def _check_first_round(every: Number | Schedule, rewind_step: Number) -> None:

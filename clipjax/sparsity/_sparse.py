@@ -27,12 +27,19 @@ def sparse(
 
     `sparsify` around a whole optimizer instead of behind it.  Scores see the raw
     gradient.  `inner` sees zeros where parameters are pruned, and with a new mask it
-    forgets what this hides: that memory is again what `inner.init` makes it.  So no
-    dead moment counts in a norm, and a parameter that returns starts anew.  Nothing of
-    `inner` is known for that: its memory of a parameter are the floating arrays of its
-    state that have the parameter's shape and a path that ends in the parameter's.
-    Other shapes, such as Adafactor's means of rows and columns or the vector of
-    `optax.flatten`, are left alone: they fade, since they too see zeros.
+    forgets what this or the last one hides: that memory is again what `inner.init`
+    makes it, so a parameter that returns starts anew.  (So does one that is exactly
+    zero.)  Between two masks the memory of what is pruned stays as it is with every
+    optimizer that leaves it alone where gradient and parameter are zero, as Adam and
+    momentum do, and counts in no norm; centralized gradients and noise do move it.
+
+    Nothing of `inner` is known for that: its memory of a parameter are the floating
+    arrays of its state that have the parameter's shape and a path that ends in the
+    parameter's.  Other shapes, such as Adafactor's means of rows and columns or the
+    vector of `optax.flatten`, are left alone: they fade, since they too see zeros.
+
+    Donate the state (`jax.jit(step, donate_argnums=...)`) or step inside a scan, or
+    XLA copies the moments in every step.
 
     `optax.apply_updates` then gives exact zeros, so long as nothing follows in the
     chain.  Masks, their storage, dtypes and the step at which they are due are those of
@@ -55,6 +62,7 @@ def sparse(
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> tx = sparse(optax.sgd(0.5, momentum=0.9), 0.5)
         >>> params = {"kernel": jnp.array([[3.0, -1.0], [2.0, -4.0]])}
         >>> grads = {"kernel": jnp.ones((2, 2))}

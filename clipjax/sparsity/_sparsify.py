@@ -63,6 +63,7 @@ def sparsify(
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> tx = optax.chain(optax.sgd(0.5), sparsify(0.5))
         >>> params = {"kernel": jnp.array([[3.0, -1.0], [2.0, -4.0]])}
         >>> grads = {"kernel": jnp.ones((2, 2))}

@@ -79,11 +79,9 @@ class Store:
         make: Callable[[Masks], Masks],
     ) -> tuple[Callable[[], Masks], SparsifyState]:
         """Returns how to read this step's masks, new if they are due, and the state."""
-
-        def alone(old, _):
-            return make(old), ()
-
-        read, after, _, _ = self.change(state, leaves, due, alone, (), {})
+        read, after, _, _ = self.change(
+            state, leaves, due, lambda old, _: (make(old), ())
+        )
         return read, after
 
     def change(
@@ -92,14 +90,17 @@ class Store:
         leaves: Leaves,
         due: Bool[Array, ""],
         make: Callable[[Masks, PyTree], tuple[Masks, PyTree]],
-        other: PyTree,
-        updates: Leaves,
+        *,
+        other: PyTree = (),
+        updates: Leaves | None = None,
     ) -> tuple[Callable[[], Masks], SparsifyState, PyTree, Bool[Array, ""]]:
         """Does as `next`, and changes with the masks what else depends on them.
 
-        Nothing changes if an update is not finite; whether it did is the last result.
+        Where updates are given, nothing changes unless all of them are finite: whether
+        it did is the last result.  They are read only when masks are due.
+
         Masks are read where they are needed, since whatever enters a branch is written
-        to memory: bits rather than masks.  Updates are read only when masks are due.
+        to memory: bits rather than masks.
         """
 
         def search():
@@ -140,6 +141,15 @@ class Store:
             total_sparsity=total,
         )
         return read, after, changed, made
+
+
+def check_storage(name: str, storage: masks.Storage) -> None:
+    """Raises where zeros would be taken for pruned, but may be kept ones."""
+    if isinstance(storage, masks.Zeros):
+        raise ValueError(
+            f"{name} keeps entries that may be zero for some steps, so storage must not"
+            " be `Zeros()`, which takes them for pruned. Leave it at `Bits()`."
+        )
 
 
 def is_due(state: SparsifyState, every: Number | Schedule) -> Bool[Array, ""]:
