@@ -4,9 +4,9 @@ Three networks of a size that a laptop trains: an MLP and a CNN on MNIST, a char
 transformer on tiny-shakespeare.  Optimizer, steps, batches and, where a method prunes
 gradually, the cubic ramp are the same for all; what is left of a method's settings is
 as published, and kernels alone are made sparse.  Sparsity is a traced value, so a
-method is compiled once for a network.  Methods that take no target (penalties, gates,
-soft thresholds), that train several times (rewinding) or that look at the data before
-the training (SNIP, GraSP) are not compared.
+method is compiled once for a network.  Rewinding shares the same steps among four
+rounds and so trains each for a quarter.  Methods that take no target (penalties, gates,
+soft thresholds) are not compared, nor N of M, which no choice takes to all four.
 """
 
 import argparse
@@ -74,7 +74,34 @@ def methods() -> dict[str, Method]:
         ),
         "network surgery": _latent(forms.surgery()),
         "power propagation": _latent(forms.power_propagation()),
+        "rewinding": _rewinding,
+        "SNIP": _kept,
+        "GraSP": _kept,
     }
+
+
+def starts():
+    """Returns how methods prune before the training, by the loss and one batch."""
+    return {
+        "SNIP": lambda loss, params, batch: scores.snip(loss, params, batch),
+        "GraSP": lambda loss, params, batch: scores.grasp(loss, params, batch),
+    }
+
+
+def _kept(inner, sparsity, steps):
+    del sparsity, steps  # it is pruned when the training starts
+    return optax.chain(inner, clipjax.keep_zeros())
+
+
+def _rewinding(inner, sparsity, steps):
+    rounds = 3
+    return clipjax.rewinding(
+        inner,
+        every=steps // (rounds + 1),
+        rounds=rounds,
+        rate=1 - (1 - sparsity) ** (1 / rounds),
+        rewind_step=steps // 50,
+    )
 
 
 def _key():
@@ -121,7 +148,7 @@ def workloads(folder):
     }
 
 
-def trainer(work, method):
+def trainer(work, method, start=None):
     """Compiles `(seed, sparsity) -> error or loss, sparsity of kernels`.
 
     The error on held-out images in per cent, or the loss on held-out text.
@@ -130,8 +157,8 @@ def trainer(work, method):
         0, work.rate, work.steps // 50, work.steps
     )
 
-    def loss(params, batch):
-        logits = work.net.apply({"params": params}, batch[0])
+    def loss(params, batch, temperature=1.0):
+        logits = work.net.apply({"params": params}, batch[0]) / temperature
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch[1])
         return losses.mean(), 100 * (logits.argmax(-1) != batch[1]).mean()
 
@@ -143,6 +170,13 @@ def trainer(work, method):
         keys = jax.random.split(jax.random.key(seed), 1 + work.steps)
         held_out = work.batch(None, data)
         params = work.net.init(keys[0], held_out[0][:1])["params"]
+        if start is not None:
+            scored = start(
+                lambda *args: loss(*args)[0], params, work.batch(keys[0], data)
+            )
+            params = clipjax.prune(
+                params, sparsity, score=scored, allocation=allocations.global_
+            )
 
         def step(carry, key):
             params, state = carry
@@ -176,7 +210,7 @@ def measure(results, work, *, seeds, save):
         shares = SPARSITIES if method else (0.0,)
         if all(len(row.get(str(share), [])) >= seeds for share in shares):
             continue
-        run = trainer(work, method)
+        run = trainer(work, method, starts().get(name))
         for sparsity in shares:
             runs = row.setdefault(str(sparsity), [])
             while len(runs) < seeds:
