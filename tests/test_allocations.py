@@ -214,13 +214,13 @@ def scores_of(*scales, seed=0):
     return [jnp.asarray(abs(rng.normal(size=s)) * m, jnp.float32) for m, s in pairs]
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def masks_by(allocation, scores, sparsity):
+    return patterns.Unstructured().masks(scores, sparsity, allocation=allocation)
+
+
 def kept_by(allocation, scores, sparsity):
-    run = jax.jit(
-        lambda scores, sparsity: patterns.Unstructured().masks(
-            scores, sparsity, allocation=allocation
-        )
-    )
-    return [np.asarray(m) for m in run(scores, jnp.float32(sparsity))]
+    return [np.asarray(m) for m in masks_by(allocation, scores, jnp.float32(sparsity))]
 
 
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0])

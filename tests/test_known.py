@@ -111,13 +111,21 @@ def test_the_values_are_the_same():
             assert_same(*states, rtol=2e-6)
 
 
+@jax.jit
+def at_any_scale(updates):
+    return [
+        outgoing(
+            optax.chain(first, clipjax.normalize_by_update_norm(2.0)), updates, PARAMS
+        )
+        for first in (clipjax.clip_by_leaf_norm(1e36), clipjax.adaptive_grad_clip(1e36))
+    ]
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e-17, 1e17, 1e30])
 def test_norms_of_parts_are_right_at_any_scale(scale):
     """Their squares are not."""
     updates = jax.tree.map(lambda x: x * jnp.float32(scale), UPDATES)
-    for first in (clipjax.clip_by_leaf_norm(1e36), clipjax.adaptive_grad_clip(1e36)):
-        tx = optax.chain(first, clipjax.normalize_by_update_norm(2.0))
-        out = outgoing(tx, updates, PARAMS)
+    for out in at_any_scale(updates):
         flat = np.concatenate([np.ravel(np.float64(x)) for x in jax.tree.leaves(out)])
         np.testing.assert_allclose(np.linalg.norm(flat), 2, rtol=1e-5)
 
@@ -262,7 +270,7 @@ def test_nothing_outlives_its_trace():
         for function in (update, scanned, jax.grad(total, argnums=1)):
             jax.jit(function)(jnp.float32(0.5), small)
             jax.jit(jax.vmap(function, (0, None)))(jnp.array([0.5, 2.0]), small)
-    update(0.5, small)
+    outgoing(clipjax.clip_by_leaf_norm(0.5), small, small)
     del small
     gc.collect()
     assert len(known._found) == before
@@ -294,5 +302,7 @@ def test_the_values_are_the_same_in_every_transformation():
 
     for transform in ("eager", "bounds", "updates", "slope", "scan"):
         actual, expected = (through(make, transform) for make in (optax.chain, apart))
-        assert_same(actual(), expected(), rtol=1e-5, atol=1e-6)
-        assert_same(jax.jit(actual)(), jax.jit(expected)(), rtol=1e-5, atol=1e-6)
+        expected = jax.jit(expected)()
+        if transform in ("eager", "updates"):  # operation by operation takes long
+            assert_same(actual(), expected, rtol=1e-5, atol=1e-6)
+        assert_same(jax.jit(actual)(), expected, rtol=1e-5, atol=1e-6)

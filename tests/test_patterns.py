@@ -117,25 +117,30 @@ def test_a_mesh_changes_nothing_and_gathers_nothing(name, kind):
     shape, spec = (48, 32), P(None, "d")
     if name in ("1:8 rows", "mean", "max", "l2"):
         shape, spec = (64, 24), P("d")
-    for x in (draw(shape=shape), draw(shape=shape, ties=True)):
-        there = jax.device_put(x, jax.NamedSharding(mesh, spec))
-        run = jax.jit(lambda x: mark(pattern, x)[0])
-        compiled = run.lower(there).compile()
-        assert "all-gather" not in compiled.as_text()
-        np.testing.assert_array_equal(compiled(there), mark(pattern, x)[0])
-        assert compiled(there).sharding.is_equivalent_to(there.sharding, 2)
+    run = jax.jit(lambda x: mark(pattern, x)[0])
+    sharding = jax.NamedSharding(mesh, spec)
+    compiled = run.lower(jax.device_put(draw(shape=shape), sharding)).compile()
+    assert "all-gather" not in compiled.as_text()
+    for ties in (False, True):
+        x = draw(shape=shape, ties=ties)
+        there = compiled(jax.device_put(x, sharding))
+        np.testing.assert_array_equal(there, run(x))
+        assert there.sharding.is_equivalent_to(sharding, 2)
 
 
 def test_everything_stays_at_sparsity_zero():
     for name, (pattern, _) in CASES.items():
-        assert mark(pattern, draw(), sparsity=0.0)[0].all(), name
+        run = jax.jit(lambda x, own=pattern: mark(own, x, sparsity=0.0)[0])
+        assert run(draw()).all(), name
 
 
 def test_magnitudes_are_taken_for_scores():
     x = draw()
     for pattern, _ in CASES.values():
-        expected = mark(pattern, abs(x))[0]
-        assert_same(mark(pattern, Magnitude(x))[0], expected, rtol=0)
+        both = jax.jit(
+            lambda x, own=pattern: [mark(own, y)[0] for y in (Magnitude(x), abs(x))]
+        )
+        assert_same(*both(x), rtol=0)
 
 
 def test_nan_ranks_lowest():

@@ -259,24 +259,25 @@ def test_spectral_norm_is_the_largest_singular_value():
 
 
 def test_spectral_norm_of_stacks_vectors_and_extremes():
+    norm = jax.jit(norms.spectral_norm)
     stack = jnp.stack([with_values([5.0 * i, 1.0], seed=i) for i in (1, 2, 3)])
     found = norms.spectral_norm(stack, (1, 2))
     assert found.shape == (3, 1, 1)
     np.testing.assert_allclose(found.ravel(), [5, 10, 15], rtol=1e-5)
     kernel = normal((3, 3, 2, 5)) + 3
     expected = np.linalg.norm(np.asarray(kernel, np.float64).reshape(18, 5), 2)
-    np.testing.assert_allclose(norms.spectral_norm(kernel).ravel(), expected, rtol=1e-5)
-    assert norms.spectral_norm(jnp.array([3.0, 4.0])) == 5
+    np.testing.assert_allclose(norm(kernel).ravel(), expected, rtol=1e-5)
+    assert norm(jnp.array([3.0, 4.0])) == 5
     matrix = with_values([3.0, 1.0])
     for size in (1e-30, 1e30):
-        found = norms.spectral_norm(matrix * jnp.float32(size))
+        found = norm(matrix * jnp.float32(size))
         np.testing.assert_allclose(found / jnp.float32(size), 3, rtol=1e-5)
-    half = norms.spectral_norm(matrix.astype(jnp.bfloat16))
+    half = norm(matrix.astype(jnp.bfloat16))
     assert half.dtype == jnp.float32
     np.testing.assert_allclose(half, 3, rtol=2**-7)
-    assert norms.spectral_norm(jnp.zeros((3, 2))) == 0
+    assert norm(jnp.zeros((3, 2))) == 0
     for bad in (jnp.nan, jnp.inf):
-        assert not np.isfinite(norms.spectral_norm(matrix.at[0, 0].set(bad))).any()
+        assert not np.isfinite(norm(matrix.at[0, 0].set(bad))).any()
 
 
 # Eight devices
@@ -349,38 +350,40 @@ def test_in_shard_map_a_matrix_may_be_split(name, check_vma):
         assert_same(actual[1], expected[1], rtol=1e-4)
 
 
-def test_in_shard_map_what_cannot_be_found_is_refused():
+def on_rows(function, names="d"):
+    """Compiled for eight devices that hold two rows each of a matrix."""
     mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
-    updates = {"kernel": normal((16, 16))}
+    spec = P(names)
+    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=(spec,), out_specs=spec))
 
-    def run(make, names="d", **options):
-        def update(updates):
-            tx = make(**options)
-            return tx.update(updates, tx.init(updates))[0]
 
-        spec = {"kernel": P(names)}
-        return jax.shard_map(update, mesh=mesh, in_specs=(spec,), out_specs=spec)(
-            updates
-        )
+def first_step(tx, updates):
+    return tx.update(updates, tx.init(updates))[0]
 
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_in_shard_map_what_cannot_be_found_is_refused(norm):
     hard = functools.partial(spectral_clip, 1.0)
-    norm = functools.partial(clip_by, 1.0, norm=norms.spectral_norm)
-    for make in (hard, norm):
-        with pytest.raises(ValueError, match=r"Give `axis_name`, and as `specs`"):
-            run(make)
-        with pytest.raises(ValueError, match=r"over the mesh axes \('d',\)"):
-            run(make, axis_name="d")
-        alone = run(make, axis_name=())["kernel"]
-        tx = make()
-        for i in (0, 7):
-            own = {"kernel": updates["kernel"][2 * i : 2 * i + 2]}
-            block, _ = tx.update(own, tx.init(own))
-            assert_same(alone[2 * i : 2 * i + 2], block["kernel"], atol=1e-5)
-        assert_same(run(make, None), tx.update(updates, tx.init(updates))[0], atol=1e-5)
+    by_norm = functools.partial(clip_by, 1.0, norm=norms.spectral_norm)
+    make, matrix = (by_norm if norm else hard), normal((16, 16))
+
+    def run(names="d", **options):
+        return on_rows(functools.partial(first_step, make(**options)), names)(matrix)
+
+    with pytest.raises(ValueError, match=r"Give `axis_name`, and as `specs`"):
+        run()
+    with pytest.raises(ValueError, match=r"over the mesh axes \('d',\)"):
+        run(axis_name="d")
+    alone, clip = run(axis_name=()), jax.jit(functools.partial(first_step, make()))
+    for i in (0, 7):
+        own = slice(2 * i, 2 * i + 2)
+        assert_same(alone[own], clip(matrix[own]), atol=1e-5)
+    assert_same(run(None), clip(matrix), atol=1e-5)
+
+
+def test_in_shard_map_the_norm_alone_asks_for_a_spec():
     with pytest.raises(ValueError, match="Give `spec`"):
-        jax.shard_map(
-            norms.spectral_norm, mesh=mesh, in_specs=P("d"), out_specs=P("d")
-        )(updates["kernel"])
+        on_rows(norms.spectral_norm)(normal((16, 16)))
 
 
 def test_in_shard_map_rows_and_columns_cannot_both_be_split():
@@ -388,14 +391,14 @@ def test_in_shard_map_rows_and_columns_cannot_both_be_split():
     mesh = jax.make_mesh((4, 2), ("d", "e"), axis_types=axis_types)
     spec = P("d", "e")
 
-    def clip(tx, x):
-        return tx.update(x, tx.init(x))[0]
+    def run(tx):
+        clip = functools.partial(first_step, tx)
+        return jax.jit(jax.shard_map(clip, mesh=mesh, in_specs=spec, out_specs=spec))
 
-    run = functools.partial(jax.shard_map, mesh=mesh, in_specs=spec, out_specs=spec)
     options = {"specs": lambda *_: spec, "axis_name": ("d", "e")}
     x = normal((16, 8))
     with pytest.raises(ValueError, match="one of them is whole"):
-        run(functools.partial(clip, spectral_clip(1.0, **options)))(x)
+        run(spectral_clip(1.0, **options))(x)
     by_norm = clip_by(1.0, norm=norms.spectral_norm, **options)
     alone = clip_by(1.0, norm=norms.spectral_norm)
-    assert_same(run(functools.partial(clip, by_norm))(x), clip(alone, x), rtol=1e-5)
+    assert_same(run(by_norm)(x), first_step(alone, x), rtol=1e-5)
