@@ -94,7 +94,8 @@ _FRONTIER = """
 
 LeNet-300-100 and LeNet-5 in Caffe's sizes, by one recipe each, `frontier.py`. Every
 entry that is not zero counts, biases too. What is judged is read back from a file of
-so many bytes: float16 values, and deflated distances between them.
+so many bytes: for every such entry its value and its distance to the last one, a byte
+each, deflated.
 
 {table}
 """
