@@ -131,7 +131,7 @@ def test_stacked_layers_are_apart():
     updates = {"kernel": jnp.stack([normal((4, 3), seed=9 + i) for i in range(3)])}
     updates["kernel"] = updates["kernel"].at[1].multiply(1e3)
     tx = clipjax.adaptive_clip(start=1e6, stacked=0)
-    out, _ = tx.update(updates, tx.init(params), params)
+    out, _ = jax.jit(tx.update)(updates, tx.init(params), params)
     mean = np.sqrt((np.float64(params["kernel"]) ** 2).mean())
     for layer, own, got in zip(
         *(t["kernel"] for t in (updates, params, out)), strict=True
@@ -264,10 +264,11 @@ def test_the_first_step_is_bounded_by_the_parameters(norm):
 
 def test_parameters_at_zero_can_move():
     tx, params = clipjax.adaptive_clip(start=0.5), {"w": jnp.zeros(2)}
-    updates, _ = tx.update({"w": jnp.array([3.0, 4.0])}, tx.init(params), params)
+    grads = {"w": jnp.array([3.0, 4.0])}
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
     assert_same(updates, {"w": jnp.array([1.2e-5, 1.6e-5])})
     alone = clipjax.adaptive_clip(start=0.5, ratio=jnp.inf)
-    updates, _ = alone.update({"w": jnp.array([3.0, 4.0])}, alone.init(params), params)
+    updates, _ = jax.jit(alone.update)(grads, alone.init(params), params)
     assert_same(updates, {"w": jnp.array([3e-4, 4e-4])})
 
 

@@ -457,7 +457,7 @@ def test_stacked_layers_are_clipped_one_by_one(axis, kind):
         "layers": (scopes.Layer(axis), scopes.Leaf()),
         "units": (scopes.Unit(stacked=axis), scopes.Unit()),
     }[kind]
-    actual, _ = first(clip_by(0.5, scope=whole), stacked)
+    actual, _ = jax.jit(functools.partial(first, clip_by(0.5, scope=whole)))(stacked)
     update = jax.jit(lambda layer: first(clip_by(0.5, scope=alone), layer)[0])
     expected = jax.tree.map(lambda *xs: jnp.stack(xs, axis), *map(update, layers))
     assert_same(actual, expected, equal_nan=True)
@@ -659,7 +659,7 @@ def test_histories_stay_finite_beyond_float32():
     with x64():
         updates = {"w": jnp.full(3, 1e100)}
         for tx in (clipjax.autoclip(window=4), clipjax.adaptive_clip()):
-            _, state = tx.update(updates, tx.init(updates))
+            _, state = jax.jit(tx.update)(updates, tx.init(updates))
             chex.assert_tree_all_finite(state)
 
 
@@ -678,4 +678,4 @@ def test_strict_has_a_gradient():
         return tx.update({"w": u}, tx.init({"w": u}))[0]["w"].astype(jnp.float32).sum()
 
     for dtype in ("float32", "bfloat16"):
-        assert jnp.isfinite(jax.grad(total)(jnp.ones(4, dtype))).all()
+        assert jnp.isfinite(jax.jit(jax.grad(total))(jnp.ones(4, dtype))).all()

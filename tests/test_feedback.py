@@ -390,6 +390,6 @@ def test_float64_is_clipped_in_float64():
     with x64():
         tx = clipjax.deep_gradient_compression(0.0, momentum=0.0, max_norm=1.0)
         grads = jnp.array([3e60, 4e60])
-        sent, state = tx.update(grads, tx.init(grads))
+        sent, state = jax.jit(tx.update)(grads, tx.init(grads))
         assert sent.dtype == state.local_sum.dtype == jnp.float64
         np.testing.assert_allclose(sent, [0.6, 0.8], rtol=1e-12)

@@ -268,8 +268,9 @@ def test_nothing_outlives_its_trace():
     small = normal({"a": (3, 2), "b": (2,)})
     with jax.checking_leaks():
         for function in (update, scanned, jax.grad(total, argnums=1)):
-            jax.jit(function)(jnp.float32(0.5), small)
-            jax.jit(jax.vmap(function, (0, None)))(jnp.array([0.5, 2.0]), small)
+            jax.eval_shape(jax.jit(function), jnp.float32(0.5), small)
+            many = jax.jit(jax.vmap(function, (0, None)))
+            jax.eval_shape(many, jnp.array([0.5, 2.0]), small)
     outgoing(clipjax.clip_by_leaf_norm(0.5), small, small)
     del small
     gc.collect()

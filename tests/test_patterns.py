@@ -1,5 +1,7 @@
 """Patterns against plain NumPy definitions: every dtype, ties, one device and eight."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +25,9 @@ def draw(dtype="float32", *, shape=SHAPE, ties=False, seed=0):
 
 def mark(pattern, *scores, sparsity=0.5, allocation=allocations.uniform):
     return pattern.masks(list(scores), sparsity, allocation=allocation)
+
+
+marked = jax.jit(mark, static_argnums=0, static_argnames=("sparsity", "allocation"))
 
 
 def top(scores, count):
@@ -129,24 +134,30 @@ def test_a_mesh_changes_nothing_and_gathers_nothing(name, kind):
 
 
 def test_everything_stays_at_sparsity_zero():
-    for name, (pattern, _) in CASES.items():
-        run = jax.jit(lambda x, own=pattern: mark(own, x, sparsity=0.0)[0])
-        assert run(draw()).all(), name
+    @jax.jit
+    def run(x):
+        cases = CASES.items()
+        return {name: mark(own, x, sparsity=0.0)[0] for name, (own, _) in cases}
+
+    for name, mask in run(draw()).items():
+        assert mask.all(), name
 
 
 def test_magnitudes_are_taken_for_scores():
-    x = draw()
-    for pattern, _ in CASES.values():
-        both = jax.jit(
-            lambda x, own=pattern: [mark(own, y)[0] for y in (Magnitude(x), abs(x))]
-        )
-        assert_same(*both(x), rtol=0)
+    @jax.jit
+    def both(x):
+        return [
+            {name: mark(own, y)[0] for name, (own, _) in CASES.items()}
+            for y in (Magnitude(x), abs(x))
+        ]
+
+    assert_same(*both(draw()), rtol=0)
 
 
 def test_nan_ranks_lowest():
     x = jnp.array([[jnp.nan, -jnp.inf, 1.0, jnp.nan]])
     for pattern in (NofM(2, 4), FanIn(axis=0), Unstructured()):
-        assert mark(pattern, x)[0].tolist() == [[False, True, True, False]]
+        assert marked(pattern, x)[0].tolist() == [[False, True, True, False]]
 
 
 @pytest.mark.parametrize(
@@ -159,19 +170,19 @@ def test_a_length_that_does_not_fit_is_refused_or_stays_dense(pattern, axis):
     with pytest.raises(ValueError, match=message):
         mark(pattern, draw())
     kind, fields = type(pattern), vars(pattern) | {"dense_if_ragged": True}
-    assert mark(kind(**fields), draw())[0].all()
+    assert marked(kind(**fields), draw())[0].all()
 
 
 def test_blocks_leave_ragged_leaves_out_of_the_count():
     pattern = Blocks((2, 3), dense_if_ragged=True)
-    both = mark(pattern, draw(), draw(shape=(5, 7)), allocation=allocations.global_)
+    both = marked(pattern, draw(), draw(shape=(5, 7)), allocation=allocations.global_)
     assert both[1].all()
     assert int(both[0].sum()) == 192
 
 
 def test_blocks_of_a_convolution_lie_over_inputs_and_outputs():
     x = draw(shape=(3, 3, 4, 6))
-    mask = np.asarray(mark(Blocks((2, 3), pool=patterns.max), x, sparsity=0.75)[0])
+    mask = np.asarray(marked(Blocks((2, 3), pool=patterns.max), x, sparsity=0.75)[0])
     grid = mask.reshape(3, 3, 2, 2, 2, 3)
     assert (grid.all((3, 5)) == grid.any((3, 5))).all()
     assert mask.sum() == 9 * 6
@@ -193,9 +204,10 @@ def test_an_axis_has_to_exist():
 
 def test_channels_compete_over_all_leaves():
     small, large = draw(shape=(8, 6)), 10 * draw(shape=(4, 10))
-    masks = mark(
+    masks = marked(
         Channels(), small, large, sparsity=0.75, allocation=allocations.global_
     )
+    masks = [np.asarray(mask) for mask in masks]
     counts = [int(mask.all(0).sum()) for mask in masks]
     assert counts == [int(mask.any(0).sum()) for mask in masks] == [1, 3]
 
@@ -215,7 +227,7 @@ def test_constant_fan_in_needs_a_number_for_each_leaf():
 
 def test_n_of_m_inside_channels():
     x = draw()
-    both = np.asarray(mark(Combined(Channels(), NofM(2, 4, axis=0)), abs(x))[0])
+    both = np.asarray(marked(Combined(Channels(), NofM(2, 4, axis=0)), abs(x))[0])
     kept = top(np.linalg.norm(np.asarray(x), axis=0), 12)
     inner = n_of_m(abs(x), 2, 4, 0)
     np.testing.assert_array_equal(both, inner & kept)
@@ -224,22 +236,26 @@ def test_n_of_m_inside_channels():
 
 def test_entries_inside_channels_meet_the_total():
     pattern = Combined(Channels(), Unstructured(), outer_sparsity=0.25)
-    mask = mark(pattern, abs(draw()), sparsity=0.9)[0]
+    mask = np.asarray(marked(pattern, abs(draw()), sparsity=0.9)[0])
     assert int(mask.sum()) == rest(0.9, 384)
     assert int(mask.any(0).sum()) <= 18
-    assert mark(pattern, abs(draw()), sparsity=0.0)[0].all()
+    assert marked(pattern, abs(draw()), sparsity=0.0)[0].all()
 
 
 def test_patterns_go_by_path():
     scores = {"a": draw(), "b": draw(seed=1), "c": draw(seed=2)}
 
-    def pattern(path, leaf):
-        assert leaf is scores[path]
-        return NofM(1, 4) if path == "b" else Unstructured()
+    @jax.jit
+    def run(scores):
+        def pattern(path, leaf):
+            assert leaf is scores[path]
+            return NofM(1, 4) if path == "b" else Unstructured()
 
-    masks = patterns.marks(
-        scores, scores, 0.9, pattern=pattern, allocation=allocations.global_
-    )
+        return patterns.marks(
+            scores, scores, 0.9, pattern=pattern, allocation=allocations.global_
+        )
+
+    masks = run(scores)
     assert list(masks) == ["a", "b", "c"]
     np.testing.assert_array_equal(masks["b"], n_of_m(scores["b"], 1, 4, -1))
     flat = np.concatenate([np.ravel(scores[name]) for name in "ac"])
@@ -275,17 +291,18 @@ def test_in_shard_map_units_must_not_be_split():
         ):
             run(pattern)(x)
     for pattern in (NofM(2, 4), Blocks((2, 4))):
-        np.testing.assert_array_equal(run(pattern)(x), mark(pattern, x)[0])
+        np.testing.assert_array_equal(run(pattern)(x), marked(pattern, x)[0])
 
 
 def test_a_ragged_leaf_may_stay_dense_beside_others_that_go_by_path():
     blocks = Blocks((2,), (0,), dense_if_ragged=True)
     kernels = {"even": draw(shape=(8, 4)), "odd": draw(shape=(7, 4), seed=1)}
-    sparse = clipjax.prune(
-        kernels,
-        0.5,
+    prune = functools.partial(
+        clipjax.prune,
+        sparsity=0.5,
         pattern=blocks,
         allocation=allocations.by_path(lambda path, sparsity: sparsity),
     )
+    sparse = jax.jit(prune)(kernels)
     assert jnp.count_nonzero(sparse["odd"]) == 28
     assert jnp.count_nonzero(sparse["even"]) == 16

@@ -206,8 +206,8 @@ def test_grasp_is_the_change_of_the_gradient_norm():
     with x64(), relaxed():
         params = jax.tree.map(lambda x: x.astype(jnp.float64), params)
         batch = (batch[0].astype(jnp.float64), batch[1])
-        result = scores.grasp(loss, params, batch, 5.0)
-        slope = jax.grad(lambda p: loss(p, batch, 5.0))
+        result = jax.jit(lambda p: scores.grasp(loss, p, batch, 5.0))(params)
+        slope = jax.jit(jax.grad(lambda p: loss(p, batch, 5.0)))
         g = slope(params)
         size = 1e-5
         ahead, behind = (

@@ -220,8 +220,9 @@ def test_a_kept_entry_at_zero_moves_with_bits_only():
     updates = {"kernel": jnp.ones((1, 4))}
     for storage, expected in [("bits", [1, 1, 1, 0]), ("zeros", [0, 1, 1, 0])]:
         tx = clipjax.sparsify(0.25, every=9, storage=STORAGES[storage])
-        _, state = tx.update(updates, tx.init(params), params)
-        second, _ = tx.update(updates, state, params)
+        update = jax.jit(tx.update)
+        _, state = update(updates, tx.init(params), params)
+        second, _ = update(updates, state, params)
         assert_same(second, {"kernel": jnp.array([expected], jnp.float32)})
 
 
@@ -269,7 +270,7 @@ def test_where_chooses_by_path_and_leaf():
         return path in ("b/kernel", "a/bias")
 
     tx = clipjax.sparsify(0.5, where=where)
-    updates, state = tx.update(params, tx.init(params), params)
+    updates, state = jax.jit(tx.update)(params, tx.init(params), params)
     after = optax.apply_updates(params, updates)
     assert seen == {
         **{"a/kernel": (9, 11), "a/bias": (11,), "b/kernel": (11, 5)},
@@ -293,7 +294,7 @@ def test_a_score_sees_parameter_and_update():
     params = {"kernel": jnp.array([[1.0, 2.0, 3.0, 4.0]])}
     updates = {"kernel": jnp.array([[4.0, 3.0, 0.5, 0.1]])}
     tx = clipjax.sparsify(0.5, score=lambda param, update: -jnp.abs(param * update))
-    projected, _ = tx.update(updates, tx.init(params), params)
+    projected, _ = jax.jit(tx.update)(updates, tx.init(params), params)
     expected = jnp.array([[-1.0, -2.0, 0.5, 0.1]])  # of 4, 6, 1.5 and 0.4
     assert_same(projected, {"kernel": expected})
 
@@ -307,7 +308,7 @@ def test_a_pattern_is_any_value_with_masks():
     assert isinstance(FirstRow(), patterns.Pattern)
     params = normal(SHAPES)
     tx = clipjax.sparsify(0.5, pattern=FirstRow())
-    updates, state = tx.update(params, tx.init(params), params)
+    updates, state = jax.jit(tx.update)(params, tx.init(params), params)
     after = optax.apply_updates(params, updates)
     assert zeros(after) == {"a/kernel": 88, "b/kernel": 50}
     np.testing.assert_allclose(state.leaf_sparsity["a/kernel"], 88 / 99, rtol=1e-6)
@@ -317,7 +318,7 @@ def test_an_allocation_may_have_another_floor():
     params = normal(SHAPES)
     allocation = functools.partial(allocations.uniform, floor=7)
     tx = clipjax.sparsify(1.0, allocation=allocation)
-    updates, _ = tx.update(params, tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
     after = optax.apply_updates(params, updates)
     assert zeros(after) == {"a/kernel": 92, "b/kernel": 48}
 
@@ -355,7 +356,7 @@ def test_the_state_tells_how_sparse_each_leaf_is(storage):
 def test_narrow_updates_leave_as_wide_as_their_parameters():
     params, updates = normal(SHAPES), normal(SHAPES, dtype="bfloat16")
     tx = clipjax.sparsify(0.5)
-    projected, _ = tx.update(updates, tx.init(params), params)
+    projected, _ = jax.jit(tx.update)(updates, tx.init(params), params)
     assert projected["a"]["kernel"].dtype == jnp.float32
     assert projected["a"]["bias"].dtype == jnp.bfloat16  # not made sparse
 
