@@ -825,7 +825,7 @@ def assert_same_as_on_one(name, actual):
 
 @pytest.mark.parametrize(
     "name",
-    named(*SPLITTABLE, "sparsify_zeros", "sparsify_global", "sparsify_lamp", "sparse"),
+    named(*SPLITTABLE, "sparsify_zeros"),
 )
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_a_mesh_changes_nothing_and_gathers_nothing(name, kind):

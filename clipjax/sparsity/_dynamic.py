@@ -104,10 +104,11 @@ def sparse_evolutionary(
         >>> import jax
         >>> key = jax.random.key(0)
         >>> tx = sparse_evolutionary(optax.sgd(0.1), 0.5, key=key, every=1)
+        >>> update = jax.jit(tx.update)
         >>> params = {"kernel": jnp.arange(1.0, 9.0).reshape(2, 4)}
         >>> state = tx.init(params)
         >>> for _ in range(2):
-        ...     updates, state = tx.update(params, state, params)
+        ...     updates, state = update(params, state, params)
         ...     params = optax.apply_updates(params, updates)
         >>> (params["kernel"] != 0).sum()  # of 4, one has gone; the new one is at zero
         Array(3, dtype=int32)
@@ -178,11 +179,12 @@ def rigl(
         >>> tx = rigl(
         ...     optax.sgd(1.0), 0.75, total_steps=99, key=key, every=2, drop_fraction=1
         ... )
+        >>> update = jax.jit(tx.update)
         >>> params = {"kernel": jnp.full((2, 4), 8.0)}
         >>> grads = {"kernel": jnp.array([[1.0, 2.0, 1.0, 1.0], [1.0, 1.0, 1.0, 3.0]])}
         >>> state = tx.init(params)
         >>> for _ in range(3):  # two steps, and one after a move of one connection
-        ...     updates, state = tx.update(grads, state, params)
+        ...     updates, state = update(grads, state, params)
         ...     params = optax.apply_updates(params, updates)
         >>> params["kernel"]
         Array([[ 0.,  0.,  0.,  0.],
@@ -255,11 +257,12 @@ def sparse_momentum(
         >>> tx = sparse_momentum(
         ...     optax.sgd(0.1), 0.5, total_steps=10, key=key, every=1
         ... )
+        >>> update = jax.jit(tx.update)
         >>> params = {"a": jnp.ones((2, 4)), "b": jnp.ones((2, 4))}
         >>> grads = {"a": jnp.ones((2, 4)), "b": jnp.zeros((2, 4))}
         >>> state = tx.init(params)
         >>> for _ in range(2):
-        ...     _, state = tx.update(grads, state, params)
+        ...     _, state = update(grads, state, params)
         >>> {p: float(share) for p, share in state.sparse.leaf_sparsity.items()}
         {'a': 0.375, 'b': 0.625}
 

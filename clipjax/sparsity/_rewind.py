@@ -89,12 +89,14 @@ def rewinding(
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
+        >>> import jax
         >>> tx = rewinding(optax.sgd(1.0), every=2, rounds=1, rate=0.5)
+        >>> update = jax.jit(tx.update)
         >>> params = {"kernel": jnp.array([[1.0, 2.0, 3.0, 4.0]])}
         >>> grads = {"kernel": jnp.array([[-3.0, 0.0, 0.0, 1.0]])}
         >>> state = tx.init(params)
         >>> for _ in range(5):  # two of training, three of rewinding
-        ...     updates, state = tx.update(grads, state, params)
+        ...     updates, state = update(grads, state, params)
         ...     params = optax.apply_updates(params, updates)
         >>> params["kernel"]  # from [7, 2, 3, 2]
         Array([[1., 0., 3., 0.]], dtype=float32)
