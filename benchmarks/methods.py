@@ -5,7 +5,8 @@ transformer on tiny-shakespeare.  Optimizer, steps, batches and, where a method 
 gradually, the cubic ramp are the same for all; what is left of a method's settings is
 as published, and kernels alone are made sparse.  Sparsity is a traced value, so a
 method is compiled once for a network.  Rewinding shares the same steps among four
-rounds and so trains each for a quarter.  Methods that take no target (penalties, gates,
+rounds, each with a whole schedule of the rate, and so trains each for a quarter.  SNIP
+and GraSP look at four batches.  Methods that take no target (penalties, gates,
 soft thresholds) are not compared, nor N of M, which no choice takes to all four.
 """
 
@@ -80,12 +81,8 @@ def methods() -> dict[str, Method]:
     }
 
 
-def starts():
-    """Returns how methods prune before the training, by the loss and one batch."""
-    return {
-        "SNIP": lambda loss, params, batch: scores.snip(loss, params, batch),
-        "GraSP": lambda loss, params, batch: scores.grasp(loss, params, batch),
-    }
+STARTS = {"SNIP": scores.snip, "GraSP": scores.grasp}  # prune before the training
+ROUNDS = {"rewinding": 4}  # of training, where there is more than one
 
 
 def _kept(inner, sparsity, steps):
@@ -94,7 +91,7 @@ def _kept(inner, sparsity, steps):
 
 
 def _rewinding(inner, sparsity, steps):
-    rounds = 3
+    rounds = ROUNDS["rewinding"] - 1
     return clipjax.rewinding(
         inner,
         every=steps // (rounds + 1),
@@ -148,14 +145,13 @@ def workloads(folder):
     }
 
 
-def trainer(work, method, start=None):
+def trainer(work, method, *, start=None, rounds=1):
     """Compiles `(seed, sparsity) -> error or loss, sparsity of kernels`.
 
     The error on held-out images in per cent, or the loss on held-out text.
     """
-    rate = optax.warmup_cosine_decay_schedule(
-        0, work.rate, work.steps // 50, work.steps
-    )
+    span = work.steps // rounds
+    rate = optax.warmup_cosine_decay_schedule(0, work.rate, span // 50, span)
 
     def loss(params, batch, temperature=1.0):
         logits = work.net.apply({"params": params}, batch[0]) / temperature
@@ -171,9 +167,11 @@ def trainer(work, method, start=None):
         held_out = work.batch(None, data)
         params = work.net.init(keys[0], held_out[0][:1])["params"]
         if start is not None:
-            scored = start(
-                lambda *args: loss(*args)[0], params, work.batch(keys[0], data)
+            batches = jax.vmap(work.batch, (0, None))(
+                jax.random.split(keys[0], 4), data
             )
+            batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batches)
+            scored = start(lambda *args: loss(*args)[0], params, batch)
             params = clipjax.prune(
                 params, sparsity, score=scored, allocation=allocations.global_
             )
@@ -210,7 +208,7 @@ def measure(results, work, *, seeds, save):
         shares = SPARSITIES if method else (0.0,)
         if all(len(row.get(str(share), [])) >= seeds for share in shares):
             continue
-        run = trainer(work, method, starts().get(name))
+        run = trainer(work, method, start=STARTS.get(name), rounds=ROUNDS.get(name, 1))
         for sparsity in shares:
             runs = row.setdefault(str(sparsity), [])
             while len(runs) < seeds:

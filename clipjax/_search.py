@@ -139,7 +139,9 @@ def _thresholds(
     """
     is_double = bracket.low.dtype == jnp.int64
     dtype, octave = (jnp.float64, 1 << 52) if is_double else (jnp.float32, 1 << 23)
-    width = bracket.high - bracket.low
+    end = jnp.iinfo(bracket.low.dtype).max
+    is_wide = bracket.high // 2 - bracket.low // 2 >= end // 2
+    width = jnp.where(is_wide, end, bracket.high - bracket.low)  # would overflow
     fifths = (width // 5) * jnp.arange(1, _THRESHOLDS + 1, dtype=width.dtype)
     entries = jnp.maximum((bracket.reach_low - bracket.reach_high).to_float(dtype), 1)
     share = ((bracket.reach_low - kept).to_float(dtype) + dtype(0.5)) / entries

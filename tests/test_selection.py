@@ -312,6 +312,20 @@ def test_counts_beyond_an_int32():
     assert_same(among_billions(zero - 1, few / 4, k), ranked[19] / 4, rtol=0)
 
 
+@pytest.mark.parametrize("k", [10, 50_000, 99_999])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_sample_may_mislead(k, dtype):
+    """The first thresholds come from a sample, of which every entry is large here.
+
+    The answer then lies below all of them, in a bracket wider than an integer.
+    """
+    with x64(dtype == "float64"):
+        x = np.random.default_rng(0).normal(size=100_000).astype(dtype)
+        x[::12] += 1000
+        actual = kth([jnp.asarray(x)], k)
+        assert_same(actual, jnp.asarray(np.sort(abs(x))[-k]), rtol=0)
+
+
 # Exact numbers
 
 
