@@ -141,7 +141,7 @@ def workloads(folder):
     return {
         "MLP": digits(linen_nets.MLP())(optax.adamw, 2e-3, steps=2000),
         "CNN": digits(cnn)(optax.adamw, 2e-3, steps=1000),
-        "transformer": text(optax.adamw, 3e-3, steps=600),
+        "transformer": text(optax.adamw, 3e-3, steps=300),
     }
 
 

@@ -51,6 +51,19 @@ def at_least(_low: int | float, **values: Any) -> None:
             raise ValueError(f"{name} must be at least {_low}, but is {value!r}.")
 
 
+def number(**values: Any) -> None:
+    """Raises unless every value is one number, no schedule and not NaN."""
+    for name, value in values.items():
+        if callable(value):
+            raise TypeError(
+                f"{name} must be a number, but is the function {value!r}. No schedule"
+                " can stand here: call it with a step."
+            )
+    for name, value in _concrete(values):
+        if value != value:
+            raise ValueError(f"{name} must be a number, but is {value!r}.")
+
+
 def rises(**values: Any) -> None:
     """Raises unless the product of all values is above one."""
     product = 1.0

@@ -40,7 +40,7 @@ def top_k(
             value or a schedule.
         allocation: how leaves share it, from `allocations`: by default each leaf sends
             its own share, and one entry at least; `allocations.global_` compares the
-            entries of all leaves.
+            entries of all leaves.  Not by path: a compressor sees none.
 
     Example:
         >>> compress = top_k(0.75)
@@ -76,7 +76,7 @@ def random_k(
         sparsity: s in [0, 1], the share of zeros in what is sent; a number, a traced
             value or a schedule.
         key: of `jax.random.key`.
-        allocation: how leaves share the sparsity, from `allocations`.
+        allocation: how leaves share the sparsity, from `allocations`; not by path.
 
     Example:
         >>> compress = random_k(0.75, jax.random.key(0))
@@ -93,10 +93,13 @@ def random_k(
 
     def compress(leaves, step, axis_name=None):
         now = jax.random.fold_in(key, step)
-        scored = [_noise(jax.random.fold_in(now, i), x) for i, x in enumerate(leaves)]
+        keys = [jax.random.fold_in(now, i) for i in range(len(leaves))]
+        scored = [noise(k, x, axis_name) for k, x in zip(keys, leaves, strict=True)]
         return _marked(leaves, scored, sparsity, step, allocation, axis_name)
 
-    def _noise(key, x):
+    def noise(key, x, axis_name):
+        for name in meshes.axes_of(x, axis_name):  # its blocks draw their own
+            key = jax.random.fold_in(key, lax.axis_index(name))
         return meshes.like(jax.random.uniform(key, x.shape), x)
 
     return compress

@@ -350,6 +350,7 @@ def soft_threshold(level: Number = -3200.0) -> Reparametrization:
         Jain, Sham Kakade, Ali Farhadi, Soft Threshold Weight Reparameterization for
         Learnable Sparsity, 2020, https://arxiv.org/abs/2002.03231
     """
+    check.number(level=level)
     return Reparametrization(SoftThreshold(level))
 
 

@@ -11,7 +11,14 @@ import optax
 import pytest
 
 import clipjax
-from clipjax import _checks as check, allocations, masks, patterns
+from clipjax import (
+    _checks as check,
+    allocations,
+    masks,
+    patterns,
+    reparametrizations,
+    scores,
+)
 from clipjax.thresholds import WindowedQuantile
 from helpers import normal
 
@@ -156,6 +163,28 @@ def test_a_size_that_is_an_array_names_the_way_out():
 def test_a_function_is_the_function_itself():
     with pytest.raises(TypeError, match=r"^score must be a function.*function itself"):
         check.function(score="magnitude")
+
+
+def test_a_score_is_an_instance_and_looks_the_right_way():
+    with pytest.raises(TypeError, match=r"^score must be a value .* Pass an instance"):
+        clipjax.sparsify(0.5, score=scores.Movement)
+    for wrap in (clipjax.sparse, clipjax.latent):
+        with pytest.raises(ValueError, match=r"^score is Movement.*gradients=True"):
+            wrap(optax.sgd(0.1), 0.5, score=scores.Movement())
+
+
+def test_one_number_is_no_schedule():
+    for make in (
+        lambda s: clipjax.prune({}, s),
+        allocations.normalized,
+        reparametrizations.soft_threshold,
+        scores.Fisher,
+        lambda s: clipjax.rigl(optax.sgd(1), 0.5, key=None, total_steps=9, stop=s),
+    ):
+        with pytest.raises(TypeError, match=r"must be a number, but is the function"):
+            make(optax.constant_schedule(0.5))
+        with pytest.raises(ValueError, match=r"must be a number, but is nan"):
+            make(float("nan"))
 
 
 @pytest.mark.parametrize("value", [patterns.Unstructured, "unstructured", None])

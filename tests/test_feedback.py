@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from jax import P
+from jax.sharding import AxisType
 
 import clipjax
 from clipjax import allocations, compressors
@@ -74,6 +75,21 @@ def test_random_k_draws_anew_an_exact_number():
     assert often.max() <= 24
     same = compress(incoming, jnp.int32(39))
     np.testing.assert_array_equal(drawn[-1], same[-1] != 0)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_random_k_of_a_split_leaf_is_exact_and_differs_by_block(check_vma):
+    compress = compressors.random_k(0.5, jax.random.key(0))
+    run = jax.shard_map(
+        lambda x: compress([x], STEP, "devices")[0],
+        mesh=jax.make_mesh((8,), ("devices",), axis_types=(AxisType.Auto,)),
+        in_specs=P("devices"),
+        out_specs=P("devices"),
+        check_vma=check_vma,
+    )
+    blocks = np.asarray(jax.jit(run)(jnp.ones((8, 50)))) != 0
+    assert blocks.sum() == 200
+    assert len(np.unique(blocks, axis=0)) == 8
 
 
 def test_sign_sends_the_mean_magnitude():
@@ -230,6 +246,15 @@ def test_deep_compression_is_the_papers(max_norm):
     np.testing.assert_allclose(results, expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(state.local_velocity, u, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(state.local_sum, v, rtol=1e-5, atol=1e-6)
+
+
+def test_deep_compression_takes_an_allocation_by_path():
+    half_of_a = allocations.by_path(lambda path, s: 0.5 if path == "a" else s)
+    tx = clipjax.deep_gradient_compression(0.9, allocation=half_of_a)
+    updates = normal(SHAPES)
+    sent, _ = jax.jit(tx.update)(updates, tx.init(updates))
+    assert (sent["a"] != 0).sum() == kept(99, 0.5)
+    assert (sent["b"] != 0).sum() == kept(40, 0.9)
 
 
 def test_a_dense_one_is_momentum():

@@ -59,7 +59,8 @@ def blocks(x, shape, sparsity, pool):
 
 
 def l2(grid):
-    return np.sqrt((grid**2).sum((1, 3)))
+    above, below = (np.maximum(x, 0) ** 2 for x in (grid, -grid))
+    return np.sqrt(above.sum((1, 3))) - np.sqrt(below.sum((1, 3)))
 
 
 def fan_in(x, sparsity, axis):
@@ -210,6 +211,20 @@ def test_channels_compete_over_all_leaves():
     masks = [np.asarray(mask) for mask in masks]
     counts = [int(mask.all(0).sum()) for mask in masks]
     assert counts == [int(mask.any(0).sum()) for mask in masks] == [1, 3]
+
+
+def test_units_of_negative_scores_go_first():
+    """Movement towards zero, or what `scores.Random` says of pruned units."""
+    scores = jnp.float32([[-5, 1, 0.5], [-1, 1, 0.1]])
+    kept = marked(Channels(), scores, sparsity=1 / 3)[0][0]
+    assert kept.tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1e20, 1e30])
+def test_squares_of_scores_may_leave_the_range(size):
+    scores = jnp.float32([[1, 3, 2], [1, 3, 2]]) * jnp.float32(size)
+    kept = marked(Channels(), scores, sparsity=1 / 3)[0][0]
+    assert kept.tolist() == [False, True, True]
 
 
 def test_every_unit_has_the_same_number_whatever_the_sparsity():

@@ -138,6 +138,21 @@ def test_a_rewind_waits_for_a_finite_gradient_and_a_wrapper():
     assert (params["kernel"] == 0).sum() == 10  # ⌈0.2·48⌉
 
 
+def test_rounds_may_prune_by_a_schedule():
+    """Half of all, then a fifth of what is left: 50 and 10 of 100."""
+    tx = clipjax.rewinding(
+        optax.sgd(0.1), every=1, rounds=2, rate=lambda t: jnp.where(t < 3, 0.5, 0.2)
+    )
+    params = {"kernel": normal((10, 10))}
+    state, update, zeros = tx.init(params), jax.jit(tx.update), []
+    for _ in range(9):
+        updates, state = update({"kernel": jnp.ones((10, 10))}, state, params)
+        params = optax.apply_updates(params, updates)
+        zeros.append(int((params["kernel"] == 0).sum()))
+    assert sorted(set(zeros)) == [0, 50, 60]
+    assert zeros == sorted(zeros)
+
+
 def test_extra_arguments_are_passed_on_and_integers_left_alone():
     seen = []
 

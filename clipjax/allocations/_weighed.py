@@ -66,6 +66,7 @@ def normalized(power: Number = 1.0, *, floor: int = 1) -> Allocation:
         >>> normalized()([(10, 10), (4,)], 0.5).kept.low
         Array([52], dtype=int32)
     """
+    check.number(power=power)
     check.whole(0, floor=floor)
     return _Normalized(power, floor)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from .. import masks
+from .. import _checks as check, masks
 from .._types import AxisName, Number
 from ..allocations import Allocation
 from ._blocks import Pool
@@ -43,6 +43,9 @@ class Channels:
 
     axis: int = -1
     pool: Pool = l2
+
+    def __post_init__(self):
+        check.function(pool=self.pool)
 
     def masks(
         self,

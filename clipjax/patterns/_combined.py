@@ -19,7 +19,7 @@ class Combined:
     What the outer pattern drops ranks lowest for the inner one.  With an inner pattern
     of a fixed sparsity, such as `NofM`, the sparsity that is asked for is that of the
     outer: in its kept channels N of M entries stay.  Else give the outer one its own,
-    and the total is the inner one's, exactly.
+    and the total is the inner one's, exactly, unless the outer keeps fewer than that.
 
     Args:
         outer: the pattern that is applied first, such as `Channels()`.

@@ -30,8 +30,14 @@ def max(scores: Float[Array, "..."], axis: Axes) -> Float[Array, "..."]:
 def l2(scores: Float[Array, "..."], axis: Axes) -> Float[Array, "..."]:
     """Returns the Euclidean norm over some axes, kept with length 1.
 
+    ‖max(s, 0)‖₂ - ‖max(-s, 0)‖₂, so that scores below zero count against a block
+
     Example:
-        >>> l2(jnp.array([[3.0, 4.0]]), -1)
-        Array([[5.]], dtype=float32)
+        >>> l2(jnp.array([[3.0, 4.0], [0.0, -4.0]]), -1)
+        Array([[ 5.],
+               [-4.]], dtype=float32)
     """
-    return norms.unit_norm(scores, axis)
+    wide = trees.wide(scores)
+    signs = {"above": jnp.maximum(wide, 0), "below": jnp.maximum(-wide, 0)}
+    norm = norms.unit_norms(signs, dict.fromkeys(signs, axis))
+    return norm["above"] - norm["below"]

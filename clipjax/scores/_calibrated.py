@@ -77,7 +77,8 @@ def sparse_gpt(params: PyTree, grams: PyTree, damping: Number = 0.01) -> PyTree:
         grams: by the same paths, for every kernel that is to be pruned, XᵀX of its
             inputs, [inputs, inputs]; of a convolution, all axes but the last count as
             inputs, in their order.
-        damping: ≥ 0; the paper's 0.01.
+        damping: ≥ 0; the paper's 0.01.  With 0, a Gram matrix that cannot be inverted
+            gives scores of NaN.
 
     Returns:
         A tree like `params`, with `None` where there is no Gram matrix: `clipjax.prune`

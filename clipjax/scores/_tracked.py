@@ -90,7 +90,8 @@ class Fisher:
     The average is this score's own, and starts at zero: as long as all entries start
     together, their order needs no correction for that.  Memory: a float32 an entry.
 
-    It is a Fisher if u is the gradient, as in `clipjax.sparse` and `clipjax.latent`;
+    It is the empirical Fisher if u is the gradient of one example, and an estimate from
+    batches if of their mean, as in `clipjax.sparse` and `clipjax.latent`;
     `clipjax.sparsify` sees what the optimizer made of it.
 
     Args:
@@ -112,6 +113,7 @@ class Fisher:
     decay: Number = 0.999
 
     def __post_init__(self):
+        check.number(decay=self.decay)
         check.below_one(decay=self.decay)
 
     def init(self, path: str, param: Num[Array, "..."]) -> Float[Array, "..."]:

@@ -48,7 +48,8 @@ def static_sparse(
         allocation: how the leaves share the sparsity, from `allocations`.
         where: which leaves are made sparse, by path and leaf.
         storage: how a mask is kept between two steps.
-        axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
+        axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split;
+            along their first axis, where the allocation asks for shapes.
 
     Example:
         >>> import jax
@@ -85,8 +86,9 @@ def sparse_evolutionary(
     Every ΔT steps, in each layer: drop the ⌊ζ·k⌋ of its k connections with the
     smallest |θ|, then grow as many anywhere else, chosen at random.
 
-    Published are ζ = 0.3 and one epoch for ΔT.  All else is as in `rigl`; no gradient
-    is read for the masks.
+    Published are ζ = 0.3 and one epoch for ΔT, and the share ζ of the positive and of
+    the negative weights apart; here signs do not count.  All else is as in `rigl`; no
+    gradient is read for the masks.
 
     Args:
         inner: the optimizer, or any chain with it; extra arguments are passed on.
@@ -98,7 +100,8 @@ def sparse_evolutionary(
         allocation: how the leaves share the sparsity, from `allocations`.
         where: which leaves are made sparse, by path and leaf.
         storage: how a mask is kept between two steps.
-        axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
+        axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split;
+            along their first axis, where the allocation asks for shapes.
 
     Example:
         >>> import jax
@@ -171,7 +174,8 @@ def rigl(
         where: which leaves are made sparse, by path and leaf; floating leaves of rank 2
             or more that are no bias, scale or embedding.
         storage: how a mask is kept between two steps.
-        axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
+        axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split;
+            along their first axis, where the allocation asks for shapes.
 
     Example:
         >>> import jax
@@ -194,7 +198,9 @@ def rigl(
         Utku Evci, Trevor Gale, Jacob Menick, Pablo Samuel Castro, Erich Elsen, Rigging
         the Lottery: Making All Tickets Winners, 2020, https://arxiv.org/abs/1911.11134
     """
+    check.number(stop=stop)
     check.between(0, 1, drop_fraction=drop_fraction, stop=stop)
+    check.number(total_steps=total_steps)
     check.positive(total_steps=total_steps)
     check_storage("rigl", storage)
 
@@ -249,7 +255,8 @@ def sparse_momentum(
         allocation: how the leaves share the sparsity at first, from `allocations`.
         where: which leaves are made sparse, by path and leaf.
         storage: how a mask is kept between two steps.
-        axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
+        axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split;
+            along their first axis, where the allocation asks for shapes.
 
     Example:
         >>> import jax
@@ -272,6 +279,7 @@ def sparse_momentum(
     """
     check.between(0, 1, drop_fraction=drop_fraction)
     check.below_one(decay=decay)
+    check.number(total_steps=total_steps)
     check.positive(total_steps=total_steps)
     check_storage("sparse_momentum", storage)
     start = Start(sparsity, key, allocation, axis_name)

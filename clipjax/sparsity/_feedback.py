@@ -243,6 +243,7 @@ def _largest(
 ) -> dict[str, Bool[Array, "..."]]:
     if not total:
         return {}
+    allocation = allocations.at_paths(allocation, list(total))
     scored = [scores.Magnitude(x) for x in total.values()]
     marks = patterns.Unstructured().masks(
         scored, share, allocation=allocation, axis_name=axis_name

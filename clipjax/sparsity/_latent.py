@@ -90,7 +90,8 @@ def latent(
         every: steps between two masks, ≥ 1, rounded down; or a schedule of them.
         where: which leaves are made sparse, by path and leaf; floating leaves of rank 2
             or more that are no bias, scale or embedding.
-        axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
+        axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split;
+            along their first axis, where the allocation asks for shapes.
 
     Example:
         >>> from clipjax import latent, sparse_params

@@ -15,7 +15,7 @@ from ..allocations import Allocation
 from ..patterns import Pattern, PatternByPath
 from ..reparametrizations import Identity, Power, Reparametrization
 from ..scores import Magnitude, Score, Tracked, magnitude
-from ._ranked import scored
+from ._ranked import check_score, check_sees_gradients, scored
 from ._store import NEVER, Leaves, SparsifyState, is_due, measured, pack, unpack
 
 Scores = dict[str, Array | Magnitude]
@@ -39,8 +39,8 @@ class Masking:
         check.at_least(1, every=self.every)
         check.pattern(pattern=self.pattern)
         check.function(allocation=self.allocation)
-        if not isinstance(self.score, Tracked):
-            check.function(score=self.score)
+        check_score(self.score)
+        check_sees_gradients(self.score)
         by_itself = self.rule.threshold is not None
         if by_itself and self.sparsity is not None:
             raise ValueError(

@@ -47,7 +47,8 @@ def prune(
         allocation: how the leaves share the sparsity, from `allocations`.
         where: which leaves are pruned, by path and leaf; floating leaves of rank 2 or
             more that are no bias, scale or embedding.
-        axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
+        axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split;
+            along their first axis, where the allocation asks for shapes.
 
     Example:
         >>> params = {"kernel": jnp.array([[3.0, -1.0], [2.0, -4.0]])}
@@ -55,6 +56,7 @@ def prune(
         Array([[ 3.,  0.],
                [ 0., -4.]], dtype=float32)
     """
+    check.number(sparsity=sparsity)
     check.between(0, 1, sparsity=sparsity)
     check.function(allocation=allocation, where=where)
     check.pattern(pattern=pattern)

@@ -34,8 +34,7 @@ class Ranked:
     def __post_init__(self) -> None:
         check.between(0, 1, sparsity=self.sparsity)
         check.function(allocation=self.allocation)
-        if not isinstance(self.score, scores.Tracked):
-            check.function(score=self.score)
+        check_score(self.score)
         check.pattern(pattern=self.pattern)
 
     def init(self, params: Leaves) -> Leaves:
@@ -60,6 +59,24 @@ class Ranked:
             pattern=self.pattern,
             allocation=self.allocation,
             axis_name=self.axis_name,
+        )
+
+
+def check_score(score: scores.Score | scores.Tracked) -> None:
+    """Raises unless it is a function, or a value that remembers."""
+    if isinstance(score, scores.Tracked):
+        check.has_method("init", score=score)
+    else:
+        check.function(score=score)
+
+
+def check_sees_gradients(score: scores.Score | scores.Tracked) -> None:
+    """Raises where gradients would be taken for what is added to the parameters."""
+    if isinstance(score, scores.Movement) and not score.gradients:
+        raise ValueError(
+            f"score is {score!r}, but sees gradients here, which point the other way:"
+            " what moves away from zero would be pruned. Pass"
+            " `scores.Movement(gradients=True)`."
         )
 
 

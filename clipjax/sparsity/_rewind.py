@@ -86,7 +86,8 @@ def rewinding(
         where: which leaves are pruned, by path and leaf; floating leaves of rank 2 or
             more that are no bias, scale or embedding.
         storage: how a mask is kept between two steps.
-        axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
+        axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split;
+            along their first axis, where the allocation asks for shapes.
 
     Example:
         >>> import jax
@@ -125,11 +126,15 @@ def rewinding(
 
     def smallest(state, leaves, old):
         done = (state.rounds_done + 1).astype(jnp.float32)
-        part = trees.value_at(rate, state.rewinding.step)
+        left = 1 - trees.value_at(rate, state.rewinding.step)
+        if callable(rate):
+            share = 1 - left * (1 - state.rewinding.total_sparsity)
+        else:
+            share = 1 - left**done
         return patterns.marks(
             {p: jnp.where(old[p], jnp.abs(x), -1) for p, x in leaves.items()},
             leaves,
-            jnp.clip(1 - (1 - part) ** done, 0, 1),
+            jnp.clip(share, 0, 1),
             pattern=patterns.Unstructured(),
             allocation=allocation,
             axis_name=axis_name,

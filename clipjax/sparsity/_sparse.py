@@ -5,7 +5,7 @@ import optax
 from .. import allocations, masks, patterns, scores
 from .._types import AxisName, Number, Schedule, Where
 from ._engine import masked
-from ._ranked import Ranked
+from ._ranked import Ranked, check_sees_gradients
 from ._store import Store
 
 
@@ -52,14 +52,16 @@ def sparse(
         inner: the optimizer, or any chain with it; extra arguments are passed on.
         sparsity: s in [0, 1], the share of zeros in all selected leaves together; a
             number, a traced value or a schedule.
-        score: a function of a parameter and its gradient, the highest to keep.
+        score: a function of a parameter and its gradient, the highest to keep, or a
+            value that remembers, such as `scores.Movement(gradients=True)`.
         pattern: in what shape zeros come, from `patterns`.
         allocation: how the leaves share the sparsity, from `allocations`.
         every: steps between two masks, ≥ 1, rounded down; or a schedule of them.
         where: which leaves are made sparse, by path and leaf; floating leaves of rank 2
             or more that are no bias, scale or embedding.
         storage: how a mask is kept between two steps.
-        axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
+        axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split;
+            along their first axis, where the allocation asks for shapes.
 
     Example:
         >>> import jax.numpy as jnp
@@ -78,6 +80,7 @@ def sparse(
         Michael Zhu, Suyog Gupta, To Prune, or Not to Prune: Exploring the Efficacy of
         Pruning for Model Compression, 2017, https://arxiv.org/abs/1710.01878
     """
+    check_sees_gradients(score)
     rule = Ranked(sparsity, score, pattern, allocation, axis_name)
     store = Store(every, where, storage, axis_name)
     return masked(inner, rule, store, name="sparse")

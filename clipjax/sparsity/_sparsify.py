@@ -60,7 +60,8 @@ def sparsify(
         where: which leaves are made sparse, by path and leaf; floating leaves of rank 2
             or more that are no bias, scale or embedding.
         storage: how a mask is kept between two steps.
-        axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
+        axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split;
+            along their first axis, where the allocation asks for shapes.
 
     Example:
         >>> import jax.numpy as jnp
