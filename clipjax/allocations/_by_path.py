@@ -82,7 +82,8 @@ def excluding(dense: DenseByPath, allocation: Allocation = uniform) -> Allocatio
     at all belongs into the `where` of `clipjax.sparsify`.
 
     Args:
-        dense: of the path and the shape of an array, whether it stays dense.
+        dense: of the path and the shape of an array, whether it stays dense.  With a
+            pattern of channels or blocks the shape is that of their grid.
         allocation: how the other arrays share what is left.
 
     Example:

@@ -9,7 +9,6 @@ from jaxtyping import Array, Float, Int
 
 from .. import (
     _checks as check,
-    _meshes as meshes,
     _trees as trees,
     masks,
     prox,
@@ -17,6 +16,7 @@ from .. import (
     thresholds,
 )
 from .._types import AxisName, Number, Schedule, Where
+from ._store import shares_of_zeros
 
 _UNITS = scopes.Unit()
 
@@ -160,11 +160,6 @@ def _measured(
     """Returns the share of zeros in each leaf and in all that were moved."""
     if not results:
         return state.prox_leaf_sparsity, state.prox_total_sparsity
-    sizes, zeros = {}, {}
-    for path, x in results.items():
-        sizes[path] = x.size * meshes.blocks(x, axis_name)
-        kept = masks.count(masks.nonzero(x), axis_name=axis_name)
-        zeros[path] = (sizes[path] - kept).astype(jnp.float32)
-    shares = {path: zeros[path] / float(sizes[path]) for path in results}
-    total = jnp.sum(jnp.stack(list(zeros.values()))) / float(sum(sizes.values()))
+    kept = {path: masks.nonzero(x) for path, x in results.items()}
+    shares, total = shares_of_zeros(kept, axis_name)
     return state.prox_leaf_sparsity | shares, total

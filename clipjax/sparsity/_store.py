@@ -192,11 +192,18 @@ def measured(
     kept: Masks, axis_name: AxisName, storage: masks.Storage = _BITS
 ) -> tuple[PyTree, ...]:
     """Packs the masks, and returns the share of zeros in each and in all."""
-    dropped, size = {}, {}
+    shares, total = shares_of_zeros(kept, axis_name)
+    return {path: pack(mask, storage) for path, mask in kept.items()}, shares, total
+
+
+def shares_of_zeros(
+    kept: Masks, axis_name: AxisName
+) -> tuple[dict[str, Float[Array, ""]], Float[Array, ""]]:
+    """Returns the share of what is not kept in each leaf and in all; there are some."""
+    zeros, size = {}, {}
     for path, mask in kept.items():
         size[path] = mask.size * meshes.blocks(mask, axis_name)
-        dropped[path] = size[path] - masks.count(mask, axis_name=axis_name)
-    zeros = {path: number.astype(jnp.float32) for path, number in dropped.items()}
+        dropped = size[path] - masks.count(mask, axis_name=axis_name)
+        zeros[path] = dropped.astype(jnp.float32)
     shares = {path: zeros[path] / float(size[path]) for path in kept}
-    total = jnp.sum(jnp.stack(list(zeros.values()))) / float(sum(size.values()))
-    return {path: pack(mask, storage) for path, mask in kept.items()}, shares, total
+    return shares, jnp.sum(jnp.stack(list(zeros.values()))) / float(sum(size.values()))
