@@ -1,4 +1,7 @@
-"""Runs every benchmark but the trainings and writes `benchmarks/README.md`.
+"""Writes `benchmarks/README.md`, or only some of its sections: those that are named.
+
+    python -m benchmarks                         # all but the trainings, half an hour
+    python -m benchmarks selection sparse_steps  # these; the others stay as they are
 
 The trainings take hours: `python -m benchmarks.training --data FOLDER --out
 benchmarks/training.json` runs those of clips, `benchmarks.frontier` and
@@ -6,6 +9,7 @@ benchmarks/training.json` runs those of clips, `benchmarks.frontier` and
 files hold goes into the page.
 """
 
+import argparse
 import json
 import os
 import pathlib
@@ -19,23 +23,26 @@ import optax
 from . import behavior, frontier, methods, selection, sparse_steps, steps, training
 
 _HERE = pathlib.Path(__file__).parent
-_TEXT = """# Benchmarks
+_HEAD = """# Benchmarks
 
-Written by `python -m benchmarks` in an environment with clipjax and Optax. The sides of
-a comparison take turns in one run, and a ratio is the median of the ratios round by
-round, so that what else a shared machine does falls on both. Milliseconds are medians.
+Written by `python -m benchmarks` in an environment with clipjax and Optax, a section at
+a time if wanted. The sides of a comparison take turns in one run, and a ratio is the
+median of the ratios round by round, so that what else a shared machine does falls on
+both. Milliseconds are medians. On a busy machine ratios have differed by up to 0.05
+from run to run.
 
 {machine}
-
-## The k-th largest magnitude of n normal numbers, k = n/10
+"""
+_SECTIONS = {
+    "selection": """The k-th largest magnitude of n normal numbers, k = n/10
 
 {selection}
 
 `largest` is the exact mask, ties resolved. `numpy.partition` runs on the host, outside
 of any compiled program, and does not shard; `top_k` needs a k that is not traced, and
 it and `sort` gather a sharded array.
-
-## An optimizer step
+""",
+    "steps": """An optimizer step
 
 `chain(clipjax.X, optax.adam)` against `chain(optax.X, optax.adam)`; `adaptive_clip`
 against `optax.clip_by_global_norm`; `chain(optax.adam, sparsify(0.9, every=100))`, over
@@ -51,8 +58,8 @@ On 12.6 million parameters:
 On 100.8 million, in eight blocks:
 
 {large}
-
-## What clips do to spikes, rises and falls
+""",
+    "behavior": """What clips do to spikes, rises and falls
 
 Simulated norms, lognormal with σ = 0.1 about 1, through each transform as it is, with
 its defaults if not said otherwise (but no `max_norm`). Sizes are the worst of five
@@ -64,8 +71,8 @@ default of all but `adaptive_clip`; the last column is the largest change of the
 norms after it.
 
 {behavior}
-
-## Whole trainings
+""",
+    "training": """Whole trainings
 
 Final validation loss, mean of three seeds, against the grid of fixed thresholds of
 `clip_by_global_norm`; all else by its defaults, AGC with 0.01. A training that diverges
@@ -76,63 +83,85 @@ counts as none at all. The rule of `adaptive_clip` was chosen on these workloads
 As a ratio to the best threshold of the grid:
 
 {ratios}
-
-## The precision of a clip
+""",
+    "precision": """The precision of a clip
 
 {precision}
-
-## A training step that is sparse
+""",
+    "sparse_steps": """A training step that is sparse
 
 On 12.6 million parameters, over 100 steps with one search for a mask, against Adam
 alone; bytes are those of the state beyond Adam's. JaxPruner does not run on today's
 JAX: its rule is restated with `argsort`, a uint8 mask and a product.
 
 {sparse}
-"""
-_FRONTIER = """
-## The frontier on MNIST
+""",
+    "frontier": """The frontier on MNIST
 
-LeNet-300-100 and LeNet-5 in Caffe's sizes, by one recipe each, `frontier.py`. Every
-entry that is not zero counts, biases too. What is judged is read back from a file of
-so many bytes: for every such entry its value and its distance to the last one, a byte
-each, deflated.
+LeNet-300-100 and LeNet-5 in Caffe's sizes, by one recipe each, `frontier.py`; at 10x
+and 20x it trains for half as many epochs. Every entry that is not zero counts, biases
+too. What is judged is read back from a file of so many bytes: for every such entry its
+value and its distance to the last one, a byte each, deflated. Some of the trainings
+shared their two cores with others, and took up to three times as long as alone.
 
 {table}
-"""
-_METHODS = """
-## Every method at four sparsities
+""",
+    "methods": """Every method at four sparsities
 
 {tables}
 
 ![Scores against sparsity](methods.png)
-"""
+""",
+}
+
+
+def tables(name):
+    """Measures what stands in a section, or reads what its trainings left."""
+    match name:
+        case "selection":
+            return {"selection": selection.table()}
+        case "steps":
+            large = steps.table(blocks=8, rounds=7)
+            return {"steps": steps.table(), "large": large}
+        case "behavior":
+            return {"behavior": behavior.table()}
+        case "training":
+            trained = _results("training.json")
+            losses = training.losses_table(trained)
+            return {"losses": losses, "ratios": training.ratios_table(trained)}
+        case "precision":
+            return {"precision": _apart("benchmarks.precision")}
+        case "sparse_steps":
+            return {"sparse": sparse_steps.table()}
+        case "frontier":
+            return {"table": frontier.table(_results("frontier.json"))}
+        case "methods":
+            return {"tables": methods.tables(_results("methods.json"))}
 
 
 def main():
     """Writes the page."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("sections", nargs="*", choices=[*_SECTIONS, []])  # none
+    wanted = parser.parse_args().sections or list(_SECTIONS)
+    page = _HERE / "README.md"
+    old = {part.partition("\n")[0]: part for part in page.read_text().split("\n## ")}
     machine = (
         f"Python {platform.python_version()}, JAX {jax.__version__}, Optax"
         f" {optax.__version__}, on a {jax.default_backend()} with {os.cpu_count()}"
         f" cores ({platform.machine()})."
     )
-    trained = _results("training.json")
-    text = _TEXT.format(
-        machine=machine,
-        selection=selection.table(),
-        steps=steps.table(),
-        large=steps.table(blocks=8, rounds=7),
-        behavior=behavior.table(),
-        losses=training.losses_table(trained),
-        ratios=training.ratios_table(trained),
-        precision=_apart("benchmarks.precision"),
-        sparse=sparse_steps.table(),
-    )
-    if results := _results("frontier.json"):
-        text += _FRONTIER.format(table=frontier.table(results))
-    if results := _results("methods.json"):
-        text += _METHODS.format(tables=methods.tables(results))
-    (_HERE / "README.md").write_text(text)
-    print(text)
+    parts = [_HEAD.format(machine=machine)]
+    for name, text in _SECTIONS.items():
+        part = old.get(text.partition("\n")[0])
+        if name in wanted:
+            part = text.format(**tables(name))
+        if part is not None:
+            parts.append(part.rstrip("\n") + "\n")
+    page.write_text("\n## ".join(parts))
+    print(page.read_text())
 
 
 def _results(name):
