@@ -4,7 +4,9 @@ Three networks of a size that a laptop trains: an MLP and a CNN on MNIST, a char
 transformer on tiny-shakespeare.  Optimizer, steps, batches and, where a method prunes
 gradually, the cubic ramp are the same for all; what is left of a method's settings is
 as published, and kernels alone are made sparse.  Sparsity is a traced value, so a
-method is compiled once for a network.  Rewinding shares the same steps among four
+method is compiled once for a network.  Layers share the zeros by magnitudes over the
+root of their norm, but for methods that are published with a way of their own: global,
+or, from the start, Erdős–Rényi.  Rewinding shares the same steps among four
 rounds, each with a whole schedule of the rate, and so trains each for a quarter.  SNIP
 and GraSP look at four batches.  Methods that take no target (penalties, gates,
 soft thresholds) are not compared, nor N of M, which no choice takes to all four.
@@ -30,6 +32,7 @@ from . import training
 
 SPARSITIES = (0.8, 0.9, 0.95, 0.98)
 EVERY = 50  # steps between two masks
+SHARED = allocations.normalized(0.5)  # how layers share the zeros, if nothing is said
 
 Method = Callable[[optax.GradientTransformation, jax.Array, int], object]
 
@@ -37,12 +40,10 @@ Method = Callable[[optax.GradientTransformation, jax.Array, int], object]
 def methods() -> dict[str, Method]:
     """Returns what makes an optimizer sparse: `(optimizer, sparsity, steps) -> tx`."""
     return {
-        "gradual magnitude": _gradual(),
-        "gradual magnitude, global": _gradual(allocation=allocations.global_),
-        "gradual magnitude, normalized": _gradual(
-            allocation=allocations.normalized(0.5)
-        ),
-        "gradual magnitude, LAMP": _gradual(allocation=allocations.lamp()),
+        "gradual magnitude": _gradual(SHARED),
+        "gradual magnitude, uniform": _gradual(allocations.uniform),
+        "gradual magnitude, global": _gradual(allocations.global_),
+        "gradual magnitude, LAMP": _gradual(allocations.lamp()),
         "gradual saliency": _around(clipjax.sparse, score=scores.saliency),
         "gradual Fisher": _around(clipjax.sparse, score=scores.Fisher()),
         "AC/DC": lambda inner, sparsity, steps: optax.chain(
@@ -71,6 +72,7 @@ def methods() -> dict[str, Method]:
             inner,
             sparsity,
             reparametrization=forms.top_kast(jnp.maximum(2 * sparsity - 1, 0)),
+            allocation=SHARED,
             every=EVERY,
         ),
         "network surgery": _latent(forms.surgery()),
@@ -113,15 +115,16 @@ def ramp(sparsity, steps):
     )
 
 
-def _gradual(**options):
+def _gradual(allocation):
     return lambda inner, sparsity, steps: optax.chain(
-        inner, clipjax.sparsify(ramp(sparsity, steps), every=EVERY, **options)
+        inner,
+        clipjax.sparsify(ramp(sparsity, steps), allocation=allocation, every=EVERY),
     )
 
 
 def _around(wrap, **options):
     return lambda inner, sparsity, steps: wrap(
-        inner, ramp(sparsity, steps), every=EVERY, **options
+        inner, ramp(sparsity, steps), allocation=SHARED, every=EVERY, **options
     )
 
 
@@ -141,7 +144,7 @@ def workloads(folder):
     return {
         "MLP": digits(linen_nets.MLP())(optax.adamw, 2e-3, steps=2000),
         "CNN": digits(cnn)(optax.adamw, 2e-3, steps=1000),
-        "transformer": text(optax.adamw, 3e-3, steps=300),
+        "transformer": text(optax.adamw, 3e-3, steps=600),
     }
 
 
@@ -233,9 +236,7 @@ def tables(results):
             f"| method | {heads} | time, of dense |",
             "| ------ |" + " ---: |" * (len(SPARSITIES) + 1),
         ]
-        for name, cells in row.items():
-            if name != "dense":
-                lines.append(_line(name, cells, dense))
+        lines += [_line(name, row[name], dense) for name in methods() if name in row]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
@@ -257,15 +258,18 @@ def plot(results, path):
     figure, axes = plt.subplots(1, len(results), figsize=(6 * len(results), 5))
     colors = plt.get_cmap("tab20").colors
     for ax, (work, row) in zip(_flat(axes), results.items(), strict=True):
-        for i, (name, cells) in enumerate(row.items()):
+        for name, color in zip(
+            ["dense", *methods()], [(0, 0, 0), *colors], strict=False
+        ):
+            cells = row.get(name, {})
             means = [
                 statistics.mean(run["score"] for run in runs) for runs in cells.values()
             ]
             if name == "dense":
-                ax.axhline(means[0], color="black", linewidth=1, label="dense")
+                ax.axhline(*means, color=color, linewidth=1, label=name)
             else:
                 shares = [100 * float(s) for s in cells]
-                ax.plot(shares, means, "o-", color=colors[i % 20], label=name)
+                ax.plot(shares, means, "o-", color=color, label=name)
         ax.set_title(work)
         ax.set_xlabel("zeros in the kernels, %")
         ax.set_yscale("log")
