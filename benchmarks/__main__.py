@@ -111,9 +111,8 @@ shared their two cores with others, and took up to three times as long as alone.
 One training each, all of the same optimizer, steps, batches and, where a method prunes
 gradually, cubic ramp, `methods.py`. Errors are on 2,000 held-out images after 2,000
 steps (MLP) or 1,000 (CNN) of 32 images, losses on held-out text after 600 steps: short
-trainings, to compare, not records. Two seeds of one method differ by some tenths of a
-per cent, far more where a method fails. Times are of one core while another training
-ran on the other, and vary by a tenth.
+trainings, to compare, not records, and one seed: small differences mean nothing. Times
+are of one core while another training ran on the other, and vary by a tenth.
 
 {tables}
 

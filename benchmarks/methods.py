@@ -254,26 +254,30 @@ def _line(name, cells, dense):
 def plot(results, path):
     """Draws score against sparsity, one line a method, for each network."""
     import matplotlib.pyplot as plt
+    from matplotlib import ticker
 
-    figure, axes = plt.subplots(1, len(results), figsize=(6 * len(results), 5))
-    colors = plt.get_cmap("tab20").colors
+    figure, axes = plt.subplots(1, len(results), figsize=(6 * len(results), 8))
+    looks = zip(
+        plt.get_cmap("tab20").colors, 4 * ["o", "s", "^", "v", "D"], strict=True
+    )
+    looks = dict(zip(methods(), looks, strict=False))
     for ax, (work, row) in zip(_flat(axes), results.items(), strict=True):
-        for name, color in zip(
-            ["dense", *methods()], [(0, 0, 0), *colors], strict=False
-        ):
+        (dense,) = row["dense"].values()
+        middle = statistics.mean(run["score"] for run in dense)
+        ax.axhline(middle, color="black", linewidth=1, label="dense")
+        for name, (color, marker) in looks.items():
             cells = row.get(name, {})
+            shares = [f"{100 * float(share):g}" for share in cells]
             means = [
-                statistics.mean(run["score"] for run in runs) for runs in cells.values()
+                statistics.mean(r["score"] for r in runs) for runs in cells.values()
             ]
-            if name == "dense":
-                ax.axhline(*means, color=color, linewidth=1, label=name)
-            else:
-                shares = [100 * float(s) for s in cells]
-                ax.plot(shares, means, "o-", color=color, label=name)
+            ax.plot(shares, means, color=color, marker=marker, label=name)
         ax.set_title(work)
         ax.set_xlabel("zeros in the kernels, %")
         ax.set_yscale("log")
-        ax.set_ylabel("loss" if work == "transformer" else "held-out error, %")
+        ax.set_ylabel("held-out loss" if work == "transformer" else "held-out error, %")
+        for axis in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
+            axis(ticker.StrMethodFormatter("{x:g}"))
     _flat(axes)[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
