@@ -228,9 +228,9 @@ def tables(results):
     parts = []
     for work, row in results.items():
         what = "loss" if work == "transformer" else "error, %"
-        dense = statistics.mean(run["seconds"] for run in row["dense"]["0.0"])
+        dense = _mean(row["dense"]["0.0"], "seconds")
         heads = " | ".join(f"{100 * s:g} %" for s in SPARSITIES)
-        base = statistics.mean(run["score"] for run in row["dense"]["0.0"])
+        base = _mean(row["dense"]["0.0"])
         lines = [
             f"### {work}: held-out {what} (dense: {base:.2f})\n",
             f"| method | {heads} | time, of dense |",
@@ -242,13 +242,13 @@ def tables(results):
 
 
 def _line(name, cells, dense):
-    means = [
-        f"{statistics.mean(run['score'] for run in cells[str(s)]):.2f}"
-        for s in SPARSITIES
-        if cells.get(str(s))
-    ]
-    seconds = [run["seconds"] for runs in cells.values() for run in runs]
-    return f"| {name} | {' | '.join(means)} | {statistics.mean(seconds) / dense:.2f} |"
+    means = [f"{_mean(cells[str(s)]):.2f}" for s in SPARSITIES if cells.get(str(s))]
+    seconds = _mean([run for runs in cells.values() for run in runs], "seconds")
+    return f"| {name} | {' | '.join(means)} | {seconds / dense:.2f} |"
+
+
+def _mean(runs, what="score"):
+    return statistics.mean(run[what] for run in runs)
 
 
 def plot(results, path):
@@ -262,16 +262,19 @@ def plot(results, path):
     )
     looks = dict(zip(methods(), looks, strict=False))
     for ax, (work, row) in zip(_flat(axes), results.items(), strict=True):
-        (dense,) = row["dense"].values()
-        middle = statistics.mean(run["score"] for run in dense)
-        ax.axhline(middle, color="black", linewidth=1, label="dense")
+        ax.axhline(
+            _mean(row["dense"]["0.0"]), color="black", linewidth=1, label="dense"
+        )
         for name, (color, marker) in looks.items():
             cells = row.get(name, {})
             shares = [f"{100 * float(share):g}" for share in cells]
-            means = [
-                statistics.mean(r["score"] for r in runs) for runs in cells.values()
-            ]
-            ax.plot(shares, means, color=color, marker=marker, label=name)
+            ax.plot(
+                shares,
+                list(map(_mean, cells.values())),
+                color=color,
+                marker=marker,
+                label=name,
+            )
         ax.set_title(work)
         ax.set_xlabel("zeros in the kernels, %")
         ax.set_yscale("log")

@@ -44,6 +44,13 @@ def differing_axes(x: Array) -> tuple[str, ...]:
     return tuple(sorted(_varying(x)))
 
 
+def own_key(key: Array, axes: tuple[str, ...]) -> Array:
+    """Returns a random key for each block over these axes."""
+    for name in axes:
+        key = jax.random.fold_in(key, jax.lax.axis_index(name))
+    return key
+
+
 def manual_axes(x: Array) -> tuple[str, ...]:
     """Returns the mesh axes over which `jax.shard_map` runs."""
     mesh = jax.typeof(x).sharding.mesh

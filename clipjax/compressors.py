@@ -98,8 +98,7 @@ def random_k(
         return _marked(leaves, scored, sparsity, step, allocation, axis_name)
 
     def noise(key, x, axis_name):
-        for name in meshes.axes_of(x, axis_name):  # its blocks draw their own
-            key = jax.random.fold_in(key, lax.axis_index(name))
+        key = meshes.own_key(key, meshes.axes_of(x, axis_name))
         return meshes.like(jax.random.uniform(key, x.shape), x)
 
     return compress

@@ -207,8 +207,7 @@ def drawn(key: Array, param: Num[Array, "..."]) -> Float[Array, "..."]:
         >>> drawn(jax.random.key(0), jnp.ones(3)).shape
         (3,)
     """
-    for name in meshes.differing_axes(param):
-        key = jax.random.fold_in(key, jax.lax.axis_index(name))
+    key = meshes.own_key(key, meshes.differing_axes(param))
     values = jax.random.uniform(key, param.shape, jnp.float32)
     values = meshes.like(values, param)
     return jnp.where(param != 0, 1 - values, -values)

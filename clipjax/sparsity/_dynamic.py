@@ -198,9 +198,8 @@ def rigl(
         Utku Evci, Trevor Gale, Jacob Menick, Pablo Samuel Castro, Erich Elsen, Rigging
         the Lottery: Making All Tickets Winners, 2020, https://arxiv.org/abs/1911.11134
     """
-    check.number(stop=stop)
+    check.number(stop=stop, total_steps=total_steps)
     check.between(0, 1, drop_fraction=drop_fraction, stop=stop)
-    check.number(total_steps=total_steps)
     check.positive(total_steps=total_steps)
     check_storage("rigl", storage)
 
