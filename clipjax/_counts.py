@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from . import _meshes as meshes
+from . import _meshes as meshes, _passes as passes
 from ._types import Number
 
 _WORD = 1 << 16
@@ -129,16 +128,16 @@ def _decimals(share: Float[Array, ""]) -> UInt[Array, ""]:
 def passing(conditions: Sequence[Bool[Array, "..."]]) -> UInt[Array, " n"]:
     """Counts in one pass over memory how many entries meet each condition.
 
-    One reduction of several operands is one vectorized loop, ten times as fast on a CPU
-    as a sum by itself.  On a mesh XLA would gather its partial results; there, sums
-    become one all-reduce.
+    On a mesh XLA would gather the partial results of a reduction of several operands;
+    there, sums become one all-reduce.
     """
     ones = [condition.astype(jnp.uint32) for condition in conditions]
-    if len(ones) == 1 or meshes.is_partitioned(ones[0]):
+    if meshes.is_partitioned(ones[0]):
         return jnp.stack([jnp.sum(x, dtype=x.dtype) for x in ones])
+    operands = ones if len(ones) > 1 else [*ones, 1 - ones[0]]
 
     def add(left, right):
         return tuple(a + b for a, b in zip(left, right, strict=True))
 
-    start = (np.uint32(0),) * len(ones)
-    return jnp.stack(lax.reduce(tuple(ones), start, add, tuple(range(ones[0].ndim))))
+    start = (np.uint32(0),) * len(operands)
+    return jnp.stack(passes.reduce(operands, start, add)[: len(ones)])

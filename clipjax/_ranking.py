@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from . import _counts as counts, _meshes as meshes
+from . import _counts as counts, _meshes as meshes, _passes as passes
 from ._counts import Count
 from ._types import AxisName
 from .scores import Magnitude
@@ -173,8 +173,8 @@ def _first_and_count(
         return lax.min(left[0], right[0]), left[1] + right[1]
 
     start = (np.int32(size), np.int32(0))
-    operands = (place, here.astype(jnp.int32))
-    return lax.reduce(operands, start, merge, tuple(range(here.ndim)))
+    least, number = passes.reduce((place, here.astype(jnp.int32)), start, merge)
+    return least, number
 
 
 def places(x: Array, axis_name: AxisName) -> Int[Array, "..."]:
@@ -214,4 +214,4 @@ def _peaks(
         return tuple(lax.max(a, b) for a, b in zip(left, right, strict=True))
 
     start = (-np.asarray(jnp.iinfo(key.dtype).max, key.dtype),) * 2
-    return jnp.stack(lax.reduce((least, most), start, merge, tuple(range(key.ndim))))
+    return jnp.stack(passes.reduce((least, most), start, merge))

@@ -79,7 +79,7 @@ def count(mask: Bool[Array, "..."], *, axis_name: AxisName = None) -> Int[Array,
         >>> count(jnp.array([True, False, True]))
         Array(2, dtype=int32)
     """
-    kept = counts.passing([mask, ~mask])[0].astype(jnp.int32)
+    kept = counts.passing([mask])[0].astype(jnp.int32)
     return meshes.over(lax.psum, kept, mask, axis_name)
 
 

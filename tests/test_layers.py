@@ -8,7 +8,7 @@ import sys
 import pytest
 
 LAYERS = [
-    {"_types", "_checks", "_counts", "_meshes", "_trees"},  # 0 ground
+    {"_types", "_checks", "_counts", "_meshes", "_passes", "_trees"},  # 0 ground
     {  # 1 mathematics: pure functions and frozen values
         "norms",
         "scopes",
