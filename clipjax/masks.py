@@ -5,16 +5,16 @@ what gives it the parameter's sharding.
 """
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Int, Num, UInt
+from jaxtyping import Array, Bool, Int, Num, UInt8
 
 from . import _counts as counts, _meshes as meshes, _trees as trees
 from ._types import AxisName
 
 _DENSE_NAMES = ("bias", "scale", "embedding", "embeddings")
+BITS = 8  # in a byte
 
 
 def weights(path: str, leaf: Array) -> bool:
@@ -83,36 +83,23 @@ def count(mask: Bool[Array, "..."], *, axis_name: AxisName = None) -> Int[Array,
     return meshes.over(lax.psum, kept, mask, axis_name)
 
 
-def pack(
-    mask: Bool[Array, "*rest n"], word: Any = jnp.uint8
-) -> UInt[Array, "*rest words"]:
-    """Packs the entries of the last axis into words, the first in the lowest bit.
+def pack(mask: Bool[Array, "*rest n"]) -> UInt8[Array, "*rest bytes"]:
+    """Packs eight entries of the last axis into a byte, the first in the lowest bit.
 
-    A last axis that does not fill its last word is filled up with zeros.  No entry
-    leaves its device as long as each holds whole words.
+    A last axis that is no multiple of eight is filled up with zeros.  No entry leaves
+    its device as long as each holds a multiple of eight.
 
     Args:
         mask: of rank 1 or more.
-        word: an unsigned integer type.  A CPU reads longer words faster, and bytes
-            waste fewer bits.
 
     Example:
         >>> pack(jnp.array([True, True, False, True]))
         Array([11], dtype=uint8)
-        >>> pack(jnp.array([True, True, False, True]), jnp.uint32)
-        Array([11], dtype=uint32)
     """
-    octets = jnp.packbits(mask, axis=-1, bitorder="little")
-    size = jnp.dtype(word).itemsize
-    if size == 1:
-        return octets
-    rest = (0, -octets.shape[-1] % size)
-    octets = jnp.pad(octets, [(0, 0)] * (octets.ndim - 1) + [rest])
-    octets = octets.reshape(*octets.shape[:-1], octets.shape[-1] // size, size)
-    return lax.bitcast_convert_type(octets, word)
+    return jnp.packbits(mask, axis=-1, bitorder="little")
 
 
-def unpack(bits: UInt[Array, "*rest words"], length: int) -> Bool[Array, "*rest n"]:
+def unpack(bits: UInt8[Array, "*rest bytes"], length: int) -> Bool[Array, "*rest n"]:
     """Turns packed bits back into a mask whose last axis has this length.
 
     Args:
@@ -124,19 +111,15 @@ def unpack(bits: UInt[Array, "*rest words"], length: int) -> Bool[Array, "*rest 
         Array([ True,  True, False,  True], dtype=bool)
     """
     # Not `unpackbits`, whose loop XLA does not fuse into the one that reads the mask.
-    each = jnp.iinfo(bits.dtype).bits
-    shifts = jnp.arange(each, dtype=bits.dtype).reshape((1,) * bits.ndim + (each,))
-    spread = (bits[..., None] >> shifts) & jnp.ones([], bits.dtype)
-    flat = spread.reshape(*bits.shape[:-1], bits.shape[-1] * each)
+    shifts = jnp.arange(BITS, dtype=jnp.uint8).reshape((1,) * bits.ndim + (BITS,))
+    spread = (bits[..., None] >> shifts) & jnp.uint8(1)
+    flat = spread.reshape(*bits.shape[:-1], bits.shape[-1] * BITS)
     return flat[..., :length].astype(bool)
 
 
 @dataclasses.dataclass(frozen=True)
 class Bits:
-    """Stores a mask as it was made: one bit a parameter.
-
-    In words of 32 bits where the last axis is a multiple of 256, else in bytes.
-    """
+    """Stores a mask as it was made: one bit a parameter."""
 
 
 @dataclasses.dataclass(frozen=True)

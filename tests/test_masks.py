@@ -20,20 +20,9 @@ def draw(shape):
 
 
 @each_shape
-@pytest.mark.parametrize("word", [jnp.uint8, jnp.uint16, jnp.uint32])
-def test_unpacking_undoes_packing(shape, word):
+def test_unpacking_undoes_packing(shape):
     mask = draw(shape)
-    bits = masks.pack(mask, word)
-    assert bits.dtype == word
-    assert_same(masks.unpack(bits, shape[-1]), mask)
-
-
-def test_words_hold_their_bytes_in_order():
-    mask = draw((3, 70))
-    words = np.asarray(masks.pack(mask, jnp.uint32))
-    octets = words.astype("<u4").view(np.uint8)
-    assert_same(octets[:, :9], masks.pack(mask))
-    assert not octets[:, 9:].any()
+    assert_same(masks.unpack(masks.pack(mask), shape[-1]), mask)
 
 
 @each_shape

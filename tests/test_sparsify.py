@@ -258,31 +258,6 @@ def test_stored_bits_are_split_as_their_parameters(kind):
         assert bits.sharding.is_equivalent_to(jax.NamedSharding(mesh, spec), 2)
 
 
-@pytest.mark.parametrize(
-    ("columns", "dtype"), [(20, jnp.uint8), (256, jnp.uint32), (320, jnp.uint8)]
-)
-def test_long_rows_are_stored_in_words(columns, dtype):
-    params = {"kernel": normal((4, columns))}
-    tx = clipjax.sparsify(0.5)
-    updates, state = jax.jit(tx.update)(params, tx.init(params), params)
-    bits = state.mask_bits["kernel"]
-    after = optax.apply_updates(params, updates)["kernel"]
-    assert bits.dtype == dtype
-    assert bits.nbytes == 4 * -(-columns // 8)
-    assert_same(masks.unpack(bits, columns), after != 0)
-
-
-def test_a_device_with_half_a_word_stores_bytes():
-    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
-    split = jax.NamedSharding(mesh, P(None, "d"))
-    for columns, dtype in {512: jnp.uint32, 768: jnp.uint32, 128: jnp.uint8}.items():
-        params = {"kernel": jax.device_put(normal((2, columns)), split)}
-        tx = clipjax.sparsify(0.5)
-        _, state = jax.jit(tx.update)(params, jax.jit(tx.init)(params), params)
-        assert state.mask_bits["kernel"].dtype == dtype
-        assert state.mask_bits["kernel"].sharding.is_equivalent_to(split, 2)
-
-
 # What is made sparse, and how
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree, UInt
+from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8
 
 from .. import _checks as check, _meshes as meshes, _trees as trees, masks, norms
 from .._types import AxisName, Number, Schedule, Where
@@ -172,18 +172,12 @@ def projected(update: Any, param: Array, mask: Bool[Array, "..."]) -> Array:
 
 def pack(
     mask: Bool[Array, "..."], storage: masks.Storage = _BITS
-) -> Bool[Array, "..."] | UInt[Array, "..."]:
-    """Packs a mask, unless booleans are wanted or a byte would lie on two devices.
-
-    Long rows are packed into longer words, of which each of eight devices holds whole
-    ones.
-    """
-    if isinstance(storage, masks.Booleans):
+) -> Bool[Array, "..."] | UInt8[Array, "..."]:
+    """Packs a mask, unless booleans are wanted or a byte would lie on two devices."""
+    is_plain = isinstance(storage, masks.Booleans)
+    if is_plain or not meshes.has_whole_columns(mask, masks.BITS):
         return mask
-    rows = mask if mask.ndim else mask[None]
-    if rows.shape[-1] % 256 == 0 and meshes.has_whole_columns(mask, 32):
-        return masks.pack(rows, jnp.uint32)
-    return masks.pack(rows) if meshes.has_whole_columns(mask, 8) else mask
+    return masks.pack(mask if mask.ndim else mask[None])
 
 
 def unpack(bits: Array, param: Array) -> Bool[Array, "..."]:
