@@ -134,7 +134,7 @@ def passing(conditions: Sequence[Bool[Array, "..."]]) -> UInt[Array, " n"]:
     ones = [condition.astype(jnp.uint32) for condition in conditions]
     if meshes.is_partitioned(ones[0]):
         return jnp.stack([jnp.sum(x, dtype=x.dtype) for x in ones])
-    operands = ones if len(ones) > 1 else [*ones, 1 - ones[0]]
+    operands = ones if len(ones) > 1 else [*ones, 1 - ones[0]]  # two are faster
 
     def add(left, right):
         return tuple(a + b for a, b in zip(left, right, strict=True))

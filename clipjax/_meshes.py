@@ -80,6 +80,12 @@ def is_partitioned(x: Array) -> bool:
     return any(size > 1 and kind != manual for size, kind in kinds)
 
 
+def is_local(x: Array) -> bool:
+    """Tells whether no mesh is known that could split `x`: it is whole, or a block."""
+    manual = jax.sharding.AxisType.Manual
+    return all(kind == manual for kind in jax.typeof(x).sharding.mesh.axis_types)
+
+
 def like(values: Array, x: Array) -> Array:
     """Lays out `values`, of the shape of `x`, as `x` itself lies on its mesh."""
     if _is_explicit(x):

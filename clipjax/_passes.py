@@ -11,7 +11,10 @@ from collections.abc import Callable, Sequence
 from jax import lax
 from jaxtyping import Array
 
-_LEAST, _MOST = 128, 1024  # entries of a row
+from . import _meshes as meshes
+
+_LEAST, _MOST = 128, 1024  # entries of a row, where we choose
+_ROWS = 16  # enough for all cores
 
 Merge = Callable[[tuple[Array, ...], tuple[Array, ...]], tuple[Array, ...]]
 
@@ -21,8 +24,11 @@ def reduce(
 ) -> tuple[Array, ...]:
     """Reduces operands of one shape to a number each: by rows, then the rest.
 
+    An array whose size has no divisor of a row's length is reduced in one go.
+
     Args:
-        operands: what to reduce, computed in the same pass.
+        operands: what to reduce, computed in the same pass.  Two or more: one by itself
+            is slower than two.
         starts: of each operand a value, of its dtype, that changes nothing.
         merge: associative and commutative; of two tuples, one entry an operand.
 
@@ -44,9 +50,11 @@ def reduce(
 def _in_rows(x: Array) -> tuple[Array, tuple[int, ...]]:
     """Returns an array, in another shape if need be, and which of its axes are rows."""
     for first in range(x.ndim - 1, 0, -1):
-        if math.prod(x.shape[first:]) >= _LEAST:
+        length = math.prod(x.shape[first:])
+        if length >= _LEAST and x.size >= _ROWS * length:
             return x, tuple(range(first, x.ndim))
-    for length in range(_MOST, _LEAST - 1, -1):
-        if x.size % length == 0 and x.size > length:
+    # On a mesh a row would lie on several devices.
+    for length in range(_MOST, _LEAST - 1, -1) if meshes.is_local(x) else ():
+        if x.size > length and x.size % length == 0:
             return x.reshape(-1, length), (1,)
     return x, tuple(range(x.ndim))
