@@ -12,7 +12,7 @@ from flax import nnx
 from jax import P
 
 import clipjax
-from clipjax import allocations, patterns, reparametrizations as rules, scores
+from clipjax import allocations, masks, patterns, reparametrizations as rules, scores
 from helpers import assert_same, normal, relaxed, x64
 
 SHAPES = {"a": {"kernel": (9, 11), "bias": (11,)}, "b": {"kernel": (11, 5)}}
@@ -496,6 +496,23 @@ def test_the_state_is_a_copy_in_float32_and_a_bit_or_two_a_parameter():
 
 SPLIT = {"rows": {"kernel": (16, 24)}, "columns": {"kernel": (8, 64)}}
 SPECS = {"rows": {"kernel": P("d")}, "columns": {"kernel": P(None, "d")}}
+
+
+def test_booleans_hold_the_same_masks():
+    params, rule = normal({"a": {"kernel": (9, 11)}}), rules.top_kast(0.25)
+    target = jax.tree.map(jnp.zeros_like, params)
+    results = []
+    for storage in (masks.Bits(), masks.Booleans()):
+        tx = clipjax.latent(
+            optax.sgd(0.5), 0.5, reparametrization=rule, storage=storage
+        )
+        results.append(train(tx, params, target))
+    (bits, _), (booleans, state) = results
+    assert_same(booleans, bits, rtol=0)
+    assert state.latent_masks.mask_bits["a/kernel"].dtype == bool
+    assert state.explored_bits["a/kernel"].dtype == bool
+    with pytest.raises(ValueError, match="latent keeps entries that may be zero"):
+        clipjax.latent(optax.sgd(0.5), 0.5, storage=masks.Zeros())
 
 
 def mesh_of(kind):

@@ -44,6 +44,7 @@ def latent(
     allocation: allocations.Allocation = allocations.uniform,
     every: Number | Schedule = 1,
     where: Where = masks.weights,
+    storage: masks.Bits | masks.Booleans = masks.Bits(),
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Optimizes dense weights that only the optimizer knows; the network is sparse.
@@ -73,9 +74,10 @@ def latent(
     so does the schedule of the sparsity.  A latent weight that would not be finite
     stays where it is, and one whose parameter is not at the start is zero.
 
-    Memory beside `inner`: a copy of the parameters in float32 or wider, and one bit a
-    parameter; two with a backward sparsity.  An update narrower than its parameter
-    leaves in the parameter's dtype.  Under `jax.vmap` masks are made in every step.
+    Memory beside `inner`: a copy of the parameters in float32 or wider, and one bit or
+    byte a parameter, by `storage`; two with a backward sparsity.  An update narrower
+    than its parameter leaves in the parameter's dtype.  Under `jax.vmap` masks are made
+    in every step.
 
     Args:
         inner: the optimizer; sees gradients of the latents' dtype.
@@ -90,6 +92,7 @@ def latent(
         every: steps between two masks, ≥ 1, rounded down; or a schedule of them.
         where: which leaves are made sparse, by path and leaf; floating leaves of rank 2
             or more that are no bias, scale or embedding.
+        storage: how a mask is kept between two steps, and what is explored with it.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split;
             along their first axis, where the allocation asks for shapes.
 
@@ -117,7 +120,14 @@ def latent(
     check.one_of(Reparametrization, reparametrization=reparametrization)
     check.function(where=where)
     masking = Masking(
-        sparsity, reparametrization, score, pattern, allocation, every, axis_name
+        sparsity,
+        reparametrization,
+        score,
+        pattern,
+        allocation,
+        every,
+        storage,
+        axis_name,
     )
     stepping = Step(
         optax.with_extra_args_support(inner), reparametrization, score, axis_name

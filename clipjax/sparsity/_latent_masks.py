@@ -16,7 +16,16 @@ from ..patterns import Pattern, PatternByPath
 from ..reparametrizations import Identity, Power, Reparametrization
 from ..scores import Magnitude, Score, Tracked, magnitude
 from ._ranked import check_score, check_sees_gradients, scored
-from ._store import NEVER, Leaves, SparsifyState, is_due, measured, pack, unpack
+from ._store import (
+    NEVER,
+    Leaves,
+    SparsifyState,
+    check_storage,
+    is_due,
+    measured,
+    pack,
+    unpack,
+)
 
 Scores = dict[str, Array | Magnitude]
 
@@ -31,6 +40,7 @@ class Masking:
     pattern: Pattern | PatternByPath
     allocation: Allocation
     every: Number | Schedule
+    storage: masks.Storage
     axis_name: AxisName
 
     def __post_init__(self):
@@ -41,6 +51,8 @@ class Masking:
         check.function(allocation=self.allocation)
         check_score(self.score)
         check_sees_gradients(self.score)
+        check.one_of(masks.Bits, masks.Booleans, masks.Zeros, storage=self.storage)
+        check_storage("latent", self.storage)
         by_itself = self.rule.threshold is not None
         if by_itself and self.sparsity is not None:
             raise ValueError(
@@ -171,8 +183,10 @@ class Masking:
         if self.rule.backward_sparsity is not None:
             least = trees.value_at(self.rule.backward_sparsity, step)
             wider = self._selected(ranks, weights, jnp.clip(least, 0, share))
-            explored = {p: pack(wider[p] | mask) for p, mask in kept.items()}
-        bits, shares, total = measured(kept, self.axis_name)
+            explored = {
+                p: pack(wider[p] | mask, self.storage) for p, mask in kept.items()
+            }
+        bits, shares, total = measured(kept, self.axis_name, self.storage)
         return bits if self.stores else {}, shares, total, explored
 
     def _selected(
