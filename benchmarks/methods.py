@@ -117,17 +117,17 @@ def swept() -> dict[str, tuple[Callable, tuple[float, ...]]]:
     """
     steps = [1.6**power for power in range(7)]
 
-    def penalty(make, least):
+    def penalty(make, strengths):
         def chained(optimizer, rate, strength):
             return optax.chain(optimizer(rate), clipjax.proximal(make(strength), rate))
 
-        return chained, tuple(least * step for step in steps)
+        return chained, tuple(strengths)
 
     return {
-        "L1": penalty(prox.L1, 0.1),
-        "MCP": penalty(prox.MCP, 0.1),
-        "SCAD": penalty(prox.SCAD, 0.1),
-        "L0": penalty(prox.L0, 0.3),
+        "L1": penalty(prox.L1, (0.1 * step for step in steps)),
+        "MCP": penalty(prox.MCP, (0.1 * step for step in steps)),
+        "SCAD": penalty(prox.SCAD, (0.1 * step for step in steps)),
+        "L0": penalty(prox.L0, (0.3 * 1.6**power for power in range(10))),
         "dual averaging": (_averaged, tuple(5e-4 * step for step in steps)),
         "soft thresholds": (_soft, tuple(0.5 * 1.35**power for power in range(8))),
         GATES: (_gated, tuple(2.0**power for power in range(3, 9))),
