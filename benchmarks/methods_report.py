@@ -34,10 +34,11 @@ def _line(name, cells, dense):
     is_aimed = name in targeted() and name != N_OF_M
     cell = _reached if is_aimed else _between
     scores = " | ".join(cell(sparsity, cells) for sparsity in SPARSITIES)
-    every = [run for runs in cells.values() for run in runs]
-    ratio = statistics.median(run["seconds"] / run.get("dense", dense) for run in every)
+    every = [run for runs in cells.values() for run in runs if "seconds" in run]
+    ratios = [run["seconds"] / run.get("dense", dense) for run in every]
+    ratio = f"{statistics.median(ratios):.2f}" if ratios else ""
     seeds = min(map(len, cells.values()))
-    return f"| {name} | {scores} | {ratio:.2f} | {seeds} |"
+    return f"| {name} | {scores} | {ratio} | {seeds} |"
 
 
 def _reached(sparsity, cells):
