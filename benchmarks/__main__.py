@@ -125,6 +125,8 @@ ramp, `methods.py`. Errors are on 2,000 held-out images after 2,000 steps (MLP) 
 compare, not records, and of one seed: small differences mean nothing. Times are of one
 core while another training ran on the other, and vary by a tenth.
 
+A time is missing where something else ran on the same core.
+
 From L1 on, methods take a strength and no target: each was trained with six to eight
 strengths, and what stands here, with a tilde, is interpolated between the two nearest,
 along the logarithm of the share that is left. So is N of M, with the nearest M that

@@ -103,7 +103,7 @@ def _draw(part, work, row, names):
         points = [
             (1 / (1 - share), score)
             for share, score in _points(row.get(name, {}))
-            if 0.7 < share < 0.99 and score < highest
+            if 0.74 < share < 0.987 and score < highest
         ]
         part.plot(
             [inverse for inverse, _ in points],
@@ -114,6 +114,7 @@ def _draw(part, work, row, names):
         )
     part.set_title(work)
     part.set_xscale("log")
+    part.set_xlim(3.7, 80)
     part.set_xticks([1 / (1 - s) for s in SPARSITIES])
     part.set_xticklabels([f"{100 * s:g}" for s in SPARSITIES])
     part.minorticks_off()
