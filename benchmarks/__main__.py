@@ -123,11 +123,10 @@ All of the same optimizer, steps, batches and, where a method prunes gradually, 
 ramp, `methods.py`. Errors are on 2,000 held-out images after 2,000 steps (MLP) or 1,000
 (CNN) of 32 images, losses on held-out text after 600 steps: short trainings, to
 compare, not records, and of one seed: small differences mean nothing. Times are of one
-core while another training ran on the other, and vary by a tenth.
+core while another training ran on the other, and vary by a tenth; one is missing where
+something else ran on the same core.
 
-A time is missing where something else ran on the same core.
-
-From L1 on, methods take a strength and no target: each was trained with six to eight
+From L1 on, methods take a strength and no target: each was trained with six to ten
 strengths, and what stands here, with a tilde, is interpolated between the two nearest,
 along the logarithm of the share that is left. So is N of M, with the nearest M that
 divides the longest axis of a kernel. A cell is empty where no strength came near, or
