@@ -6,7 +6,7 @@
 The trainings take hours: `python -m benchmarks.training --data FOLDER --out
 benchmarks/training.json` runs those of clips, `benchmarks.frontier` and
 `benchmarks.methods` those of sparse networks, with the same arguments.  What these
-files hold goes into the page.
+files hold goes into the page, and `benchmarks.methods_report` draws the plot.
 """
 
 import argparse
