@@ -8,7 +8,7 @@ import dataclasses
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Int, Num, UInt, UInt8
+from jaxtyping import Array, Bool, Int, Num, UInt8
 
 from . import _counts as counts, _meshes as meshes, _trees as trees
 from ._types import AxisName
@@ -111,23 +111,10 @@ def unpack(bits: UInt8[Array, "*rest bytes"], length: int) -> Bool[Array, "*rest
         Array([ True,  True, False,  True], dtype=bool)
     """
     # Not `unpackbits`, whose loop XLA does not fuse into the one that reads the mask.
-    words = _words(bits)
-    each = jnp.iinfo(words.dtype).bits
-    shifts = jnp.arange(each, dtype=words.dtype).reshape((1,) * bits.ndim + (each,))
-    spread = (words[..., None] >> shifts) & jnp.ones([], words.dtype)
+    shifts = jnp.arange(BITS, dtype=jnp.uint8).reshape((1,) * bits.ndim + (BITS,))
+    spread = (bits[..., None] >> shifts) & jnp.uint8(1)
     flat = spread.reshape(*bits.shape[:-1], bits.shape[-1] * BITS)
     return flat[..., :length].astype(bool)
-
-
-def _words(bits: UInt8[Array, "*rest bytes"]) -> UInt[Array, "*rest words"]:
-    """Reads four bytes as one word, where none of them lies on another device.
-
-    A CPU gathers words, but loads bytes one by one.
-    """
-    if bits.shape[-1] % 4 or not meshes.is_local(bits):
-        return bits
-    fours = bits.reshape(*bits.shape[:-1], bits.shape[-1] // 4, 4)
-    return lax.bitcast_convert_type(fours, jnp.uint32)
 
 
 @dataclasses.dataclass(frozen=True)
