@@ -115,20 +115,22 @@ def swept() -> dict[str, tuple[Callable, tuple[float, ...]]]:
     The same strengths for all three networks: chosen so that zeros come near the four
     sparsities in most of them.
     """
-    steps = [1.6**power for power in range(7)]
+
+    def rising(least, number=7):
+        return tuple(least * 1.6**power for power in range(number))
 
     def penalty(make, strengths):
         def chained(optimizer, rate, strength):
             return optax.chain(optimizer(rate), clipjax.proximal(make(strength), rate))
 
-        return chained, tuple(strengths)
+        return chained, strengths
 
     return {
-        "L1": penalty(prox.L1, (0.1 * step for step in steps)),
-        "MCP": penalty(prox.MCP, (0.1 * step for step in steps)),
-        "SCAD": penalty(prox.SCAD, (0.1 * step for step in steps)),
-        "L0": penalty(prox.L0, (0.3 * 1.6**power for power in range(10))),
-        "dual averaging": (_averaged, tuple(5e-4 * step for step in steps)),
+        "L1": penalty(prox.L1, rising(0.1)),
+        "MCP": penalty(prox.MCP, rising(0.1)),
+        "SCAD": penalty(prox.SCAD, rising(0.1)),
+        "L0": penalty(prox.L0, rising(0.3, 10)),
+        "dual averaging": (_averaged, rising(5e-4)),
         "soft thresholds": (_soft, tuple(0.5 * 1.35**power for power in range(8))),
         GATES: (_gated, tuple(2.0**power for power in range(3, 9))),
     }

@@ -492,12 +492,6 @@ def test_the_state_is_a_copy_in_float32_and_a_bit_or_two_a_parameter():
         assert 0 <= stored - 64 * 256 * (4 + bits / 8) <= 64
 
 
-# Eight devices
-
-SPLIT = {"rows": {"kernel": (16, 24)}, "columns": {"kernel": (8, 64)}}
-SPECS = {"rows": {"kernel": P("d")}, "columns": {"kernel": P(None, "d")}}
-
-
 def test_booleans_hold_the_same_masks():
     params, rule = normal({"a": {"kernel": (9, 11)}}), rules.top_kast(0.25)
     target = jax.tree.map(jnp.zeros_like, params)
@@ -513,6 +507,12 @@ def test_booleans_hold_the_same_masks():
     assert state.explored_bits["a/kernel"].dtype == bool
     with pytest.raises(ValueError, match="latent keeps entries that may be zero"):
         clipjax.latent(optax.sgd(0.5), 0.5, storage=masks.Zeros())
+
+
+# Eight devices
+
+SPLIT = {"rows": {"kernel": (16, 24)}, "columns": {"kernel": (8, 64)}}
+SPECS = {"rows": {"kernel": P("d")}, "columns": {"kernel": P(None, "d")}}
 
 
 def mesh_of(kind):

@@ -118,7 +118,7 @@ def test_no_byte_of_a_mask_is_gathered():
     mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     split = jax.NamedSharding(mesh, P(None, "d"))
     tx = clipjax.sparsify(0.5, every=2)
-    for columns in (64, 128, 1024):  # bytes, halves of words, words
+    for columns in (64, 128, 1024):
         params = {"kernel": jax.device_put(normal((4, columns)), split)}
         state = jax.jit(tx.init)(params)
         step = jax.jit(tx.update).lower(params, state, params).compile()
