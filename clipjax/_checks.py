@@ -94,6 +94,13 @@ def whole(_least: int, **values: Any) -> None:
             raise ValueError(f"{name} must be at least {_least}, but is {value!r}.")
 
 
+def flag(**values: Any) -> None:
+    """Raises a TypeError unless each value is True or False."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, but is {value!r}.")
+
+
 def function(**values: Any) -> None:
     """Raises unless every value can be called."""
     for name, value in values.items():

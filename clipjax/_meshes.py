@@ -59,6 +59,12 @@ def manual_axes(x: Array) -> tuple[str, ...]:
     return tuple(name for name, kind in kinds if kind == manual)
 
 
+def inside_shard_map() -> bool:
+    """Tells whether what is traced now is a block of `jax.shard_map`."""
+    axis_types = jax.sharding.get_abstract_mesh().axis_types
+    return jax.sharding.AxisType.Manual in axis_types
+
+
 def over(
     collective: Callable[..., Array], value: Array, x: Array, axis_name: AxisName
 ) -> Array:

@@ -49,12 +49,14 @@ def reduce(
 
 def _in_rows(x: Array) -> tuple[Array, tuple[int, ...]]:
     """Returns an array, in another shape if need be, and which of its axes are rows."""
-    for first in range(x.ndim - 1, 0, -1):
-        length = math.prod(x.shape[first:])
-        if length >= _LEAST and x.size >= _ROWS * length:
-            return x, tuple(range(first, x.ndim))
+    shape, size = x.shape, x.size
+    for first in range(len(shape) - 1, 0, -1):
+        length = math.prod(shape[first:])
+        if length >= _LEAST and size >= _ROWS * length:
+            return x, tuple(range(first, len(shape)))
     # On a mesh a row would lie on several devices.
-    for length in range(_MOST, _LEAST - 1, -1) if meshes.is_local(x) else ():
-        if x.size > length and x.size % length == 0:
-            return x.reshape(-1, length), (1,)
-    return x, tuple(range(x.ndim))
+    if size > _LEAST and meshes.is_local(x):
+        for length in range(min(_MOST, size - 1), _LEAST - 1, -1):
+            if size % length == 0:
+                return x.reshape(-1, length), (1,)
+    return x, tuple(range(len(shape)))

@@ -75,9 +75,10 @@ def close_in(ranked: Ranked, kept: Count, bracket: Bracket) -> Bracket:
     def narrow(old):
         return _narrow(ranked, kept, old)
 
-    # Arrays may differ over devices on which they are ranked one by one.
-    kinds = jax.eval_shape(narrow, bracket)
-    bracket = jax.tree.map(meshes.varying_as, bracket, kinds)
+    if meshes.inside_shard_map():
+        # Arrays may differ over devices on which they are ranked one by one.
+        kinds = jax.eval_shape(narrow, bracket)
+        bracket = jax.tree.map(meshes.varying_as, bracket, kinds)
     # The thresholds are carried: computed where they are used, XLA would compute
     # them once an entry.
     return lax.while_loop(unfinished, narrow, bracket)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from . import (
     _counts as counts,
+    _meshes as meshes,
     _ranking as ranking,
     _search as search,
 )
@@ -45,17 +46,14 @@ def kth_largest(
         >>> kth_largest([jnp.array([5.0, -7.0]), jnp.array([[1.0], [6.0]])], 2)
         Array(6., dtype=float32)
     """
-    leaves = jax.tree.leaves(tree)
-    ranked = ranking.ranked(list(map(Magnitude, leaves)), [0] * len(leaves), axis_name)
-    size = sum(ranked.entries)
+    scores = [Magnitude(x) for x in jax.tree.leaves(tree)]
+    size = sum(ranking.ranked(scores, [0] * len(scores), axis_name).entries)
     if not size or (isinstance(k, int) and not 1 <= k <= size):
         raise ValueError(
             f"k must lie between 1 and the number of entries, {size}, but is {k}."
         )
     kept = counts.clip(counts.of(k), counts.of(1), counts.of(size))
-    kept = counts.stack([kept])
-    bracket = search.search(ranked, kept)
-    return ranking.value_of(search.answer(ranked, kept, bracket)[0])
+    return _value(scores, counts.stack([kept]), meshes.axis_names(axis_name))
 
 
 def largest(
@@ -77,8 +75,9 @@ def largest(
     """
     leaves, structure = jax.tree.flatten(tree)
     kept = counts.stack([counts.of(k)])
-    ranked = ranking.ranked(list(map(Magnitude, leaves)), [0] * len(leaves), axis_name)
-    return jax.tree.unflatten(structure, _marks(ranked, kept))
+    scores = [Magnitude(x) for x in leaves]
+    marks = select(scores, kept, [0] * len(leaves), axis_name=axis_name)
+    return jax.tree.unflatten(structure, marks)
 
 
 def select(
@@ -104,8 +103,33 @@ def select(
         >>> select(scores, jnp.array([2]), groups=[0, 0])
         [Array([ True, False], dtype=bool), Array([ True, False], dtype=bool)]
     """
+    names = meshes.axis_names(axis_name)
     kept = counts.of(kept)
-    ranked = ranking.ranked(scores, groups, axis_name)
+    return _selected(list(scores), kept, tuple(groups), tuple(floors), names)
+
+
+# Compiled, or an eager call would write every step of a search to memory, and traced
+# once for all trees of the same shapes.
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _value(
+    scores: list[Magnitude], kept: Count, axes: tuple[str, ...]
+) -> Float[Array, ""]:
+    ranked = ranking.ranked(scores, [0] * len(scores), axes)
+    bracket = search.search(ranked, kept)
+    return ranking.value_of(search.answer(ranked, kept, bracket)[0])
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _selected(
+    scores: list[Array | Magnitude],
+    kept: Count,
+    groups: tuple[int, ...],
+    floors: tuple[int, ...],
+    axes: tuple[str, ...],
+) -> list[Bool[Array, "..."]]:
+    ranked = ranking.ranked(scores, groups, axes)
     if any(floors):
         own = ranked._replace(groups=tuple(range(len(scores))))
         first = _marks(own, counts.stack([counts.of(floor) for floor in floors]))

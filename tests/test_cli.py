@@ -23,6 +23,7 @@ from clipjax.examples import outputs
 
 ROOT = pathlib.Path(__file__).parents[1]
 MNIST = ROOT.parent / "shared" / "data" / "mnist"
+EPOCHS = 25
 QUICK = ["train", "--model", "lenet-300-100"]
 
 
@@ -37,7 +38,7 @@ def relaxed():
 def finished(request, tmp_path_factory, relaxed):
     """A run of the main job: its status, what it said, and its folder."""
     folder = tmp_path_factory.mktemp(request.param)
-    words = [*QUICK, "--epochs", "40", "--framework", request.param]
+    words = [*QUICK, "--epochs", str(EPOCHS), "--framework", request.param]
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = cli.main([*words, "--output", str(folder)])
@@ -77,12 +78,12 @@ def test_the_main_job_leaves_an_accurate_sparse_model(finished):
 def test_every_step_has_a_line(finished):
     *_, folder = finished
     rows = rows_in(folder)
-    assert [row["step"] for row in rows] == list(range(1, 40 * 24 + 1))
+    assert [row["step"] for row in rows] == list(range(1, EPOCHS * 24 + 1))
     for row in rows:
         assert {"loss", "accuracy", "norm", "threshold", "sparsity"} <= set(row)
         assert all(value is None or math.isfinite(value) for value in row.values())
     judged = [row["step"] for row in rows if "validation_accuracy" in row]
-    assert judged == list(range(24, 40 * 24 + 1, 24))
+    assert judged == list(range(24, EPOCHS * 24 + 1, 24))
 
 
 def test_the_model_file_says_what_it_is(finished):

@@ -295,6 +295,44 @@ def test_leaves_of_one_name_are_told_apart_by_their_whole_path():
         np.testing.assert_array_equal(moment != 0, param != 0)
 
 
+# An elementwise optimizer need not be shown zeros
+
+ELEMENTWISE = (
+    "momentum adam adamw amsgrad lion rmsprop rprop inject multi_steps schedule_free"
+)
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE.split())
+def test_an_elementwise_optimizer_gives_the_same_parameters(name):
+    params, steps = normal({"kernel": (6, 8)}), gradients({"kernel": (6, 8)}, 5)
+    shown, raw = (
+        train(quick(INNER[name], 0.6, elementwise=is_raw, **MOVING), params, steps)
+        for is_raw in (False, True)
+    )
+    for (expected, one), (actual, other) in zip(shown, raw, strict=True):
+        assert_same(actual, expected, rtol=1e-6, atol=1e-7)
+        assert_same(other.sparse, one.sparse, rtol=0)
+    assert not np.array_equal(shown[0][0]["kernel"] == 0, actual["kernel"] == 0)
+
+
+MOVING = {"score": largest_gradient, "every": 2}
+
+
+def test_what_an_elementwise_optimizer_sees_is_as_it_is():
+    """No NaN of a pruned entry comes back with it."""
+    tx = quick(optax.sgd(1.0, momentum=0.5), 0.5, elementwise=True, **MOVING)
+    grads = [
+        {"kernel": jnp.array([[4.0, 3.0, 2.0, 1.0]])},
+        {"kernel": jnp.array([[4.0, 3.0, jnp.nan, 1.0]])},
+        {"kernel": jnp.array([[4.0, 1.0, 3.0, 2.0]])},
+    ]
+    history = train(tx, {"kernel": jnp.full((1, 4), 8.0)}, grads)
+    trace = history[1][1].sparse_inner[0].trace["kernel"]
+    np.testing.assert_array_equal(trace, [[6.0, 4.5, np.nan, 1.5]])
+    after = history[2][0]["kernel"]
+    np.testing.assert_array_equal(after, [[8 - 4 - 6 - 7.0, 0, -3.0, 0]])
+
+
 # Due until it is made
 
 
@@ -435,6 +473,11 @@ def test_a_mesh_changes_nothing_and_gathers_nothing(kind):
 def test_wrong_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         clipjax.sparse(**({"inner": optax.sgd(0.1), "sparsity": 0.5} | arguments))
+
+
+def test_elementwise_is_a_flag():
+    with pytest.raises(TypeError, match="elementwise must be True or False, but is 1"):
+        clipjax.sparse(optax.sgd(0.1), 0.5, elementwise=1)
 
 
 def test_it_says_that_it_needs_parameters():

@@ -30,6 +30,7 @@ def static_sparse(
     allocation: Allocation = allocations.erdos_renyi_kernel,
     where: Where = masks.weights,
     storage: masks.Storage = masks.Bits(),
+    elementwise: bool = False,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Trains a random part of the network, the same from the first step to the last.
@@ -48,6 +49,7 @@ def static_sparse(
         allocation: how the leaves share the sparsity, from `allocations`.
         where: which leaves are made sparse, by path and leaf.
         storage: how a mask is kept between two steps.
+        elementwise: the promise that `inner` treats each entry by itself; see `sparse`.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split;
             along their first axis, where the allocation asks for shapes.
 
@@ -66,7 +68,7 @@ def static_sparse(
     """
     rule = Start(sparsity, key, allocation, axis_name)
     store = Store(jnp.inf, where, storage, axis_name)
-    return masked(inner, rule, store, name="static_sparse")
+    return masked(inner, rule, store, name="static_sparse", elementwise=elementwise)
 
 
 def sparse_evolutionary(
@@ -79,6 +81,7 @@ def sparse_evolutionary(
     allocation: Allocation = allocations.erdos_renyi_kernel,
     where: Where = masks.weights,
     storage: masks.Bits | masks.Booleans = masks.Bits(),
+    elementwise: bool = False,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces the smallest connections by random ones, again and again (SET).
@@ -100,6 +103,7 @@ def sparse_evolutionary(
         allocation: how the leaves share the sparsity, from `allocations`.
         where: which leaves are made sparse, by path and leaf.
         storage: how a mask is kept between two steps.
+        elementwise: the promise that `inner` treats each entry by itself; see `sparse`.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split;
             along their first axis, where the allocation asks for shapes.
 
@@ -127,7 +131,7 @@ def sparse_evolutionary(
     start = Start(sparsity, key, allocation, axis_name)
     rule = Moving(start, drop_fraction, random_growth)
     store = Store(every, where, storage, axis_name)
-    return masked(inner, rule, store, name="sparse_evolutionary")
+    return masked(inner, rule, store, name="sparse_evolutionary", elementwise=elementwise)
 
 
 def rigl(
@@ -142,6 +146,7 @@ def rigl(
     allocation: Allocation = allocations.erdos_renyi_kernel,
     where: Where = masks.weights,
     storage: masks.Bits | masks.Booleans = masks.Bits(),
+    elementwise: bool = False,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Moves connections to where the gradient is large (RigL).
@@ -174,6 +179,7 @@ def rigl(
         where: which leaves are made sparse, by path and leaf; floating leaves of rank 2
             or more that are no bias, scale or embedding.
         storage: how a mask is kept between two steps.
+        elementwise: the promise that `inner` treats each entry by itself; see `sparse`.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split;
             along their first axis, where the allocation asks for shapes.
 
@@ -210,7 +216,7 @@ def rigl(
     rule = Moving(start, _annealed(drop_fraction, end), gradient_growth)
     store = Store(_until(end, every), where, storage, axis_name)
     check.at_least(1, every=every)
-    return masked(inner, rule, store, name="rigl")
+    return masked(inner, rule, store, name="rigl", elementwise=elementwise)
 
 
 def sparse_momentum(
@@ -225,6 +231,7 @@ def sparse_momentum(
     allocation: Allocation = allocations.uniform,
     where: Where = masks.weights,
     storage: masks.Bits | masks.Booleans = masks.Bits(),
+    elementwise: bool = False,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Moves connections to where gradients agree, also between layers (SNFS).
@@ -254,6 +261,7 @@ def sparse_momentum(
         allocation: how the leaves share the sparsity at first, from `allocations`.
         where: which leaves are made sparse, by path and leaf.
         storage: how a mask is kept between two steps.
+        elementwise: the promise that `inner` treats each entry by itself; see `sparse`.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split;
             along their first axis, where the allocation asks for shapes.
 
@@ -285,7 +293,7 @@ def sparse_momentum(
     fraction = _annealed(drop_fraction, lambda: jnp.asarray(total_steps, jnp.float32))
     store = Store(every, where, storage, axis_name)
     rule = Redistributing(start, fraction, decay)
-    return masked(inner, rule, store, name="sparse_momentum")
+    return masked(inner, rule, store, name="sparse_momentum", elementwise=elementwise)
 
 
 def _annealed(fraction, end):

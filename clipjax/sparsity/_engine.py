@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from .. import _checks as check, _trees as trees, masks
 from ._ranked import Now
@@ -45,10 +45,21 @@ class Rule(Protocol):
 
 
 def masked(
-    inner: optax.GradientTransformation, rule: Rule, store: Store, *, name: str
+    inner: optax.GradientTransformation,
+    rule: Rule,
+    store: Store,
+    *,
+    name: str,
+    elementwise: bool,
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns `inner` with the masks that a rule makes around it."""
+    """Returns `inner` with the masks that a rule makes around it.
+
+    An elementwise one need not be shown zeros: what it makes of a pruned entry is read
+    by nobody, and its memory restarts before the entry returns.
+    """
     check.has_method("update", inner=inner)
+    check.flag(elementwise=elementwise)
+    shown = _as_it_is if elementwise else hidden
     inner = optax.with_extra_args_support(inner)
 
     def init(params):
@@ -89,9 +100,9 @@ def masked(
         )
         kept = read()
         outgoing, inner_state = inner.update(
-            trees.map_by_path(hidden, updates, kept),
+            trees.map_by_path(shown, updates, kept),
             inner_state,
-            trees.map_by_path(hidden, params, kept),
+            trees.map_by_path(shown, params, kept),
             **extra_args,
         )
         number = state.masks_made + made.astype(jnp.int32)
@@ -99,3 +110,8 @@ def masked(
         return outgoing, SparseState(after, number, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _as_it_is(leaf: Any, mask: Bool[Array, "..."]) -> Any:
+    del mask
+    return leaf

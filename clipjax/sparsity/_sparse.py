@@ -19,6 +19,7 @@ def sparse(
     every: Number | Schedule = 1,
     where: Where = masks.weights,
     storage: masks.Storage = masks.Bits(),
+    elementwise: bool = False,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Trains with all but the parameters with the highest scores at zero, exactly.
@@ -37,6 +38,12 @@ def sparse(
     arrays of its state that have the parameter's shape and a path that ends in the
     parameter's.  Other shapes, such as Adafactor's means of rows and columns or the
     vector of `optax.flatten`, are left alone: they fade, since they too see zeros.
+
+    If each entry of `inner`'s update depends on that entry alone, as with SGD, Adam,
+    AdamW or Lion without a clip, `elementwise=True` gives the same parameters sooner:
+    `inner` then sees gradients and parameters as they are, no mask is read in the loops
+    of its memory, and what that holds of pruned entries means nothing.  Not for a
+    global norm, Adafactor, LAMB or Muon, which would feel what is pruned.
 
     Donate the state (`jax.jit(step, donate_argnums=...)`) or step inside a scan, or
     XLA copies the moments in every step.
@@ -60,6 +67,7 @@ def sparse(
         where: which leaves are made sparse, by path and leaf; floating leaves of rank 2
             or more that are no bias, scale or embedding.
         storage: how a mask is kept between two steps.
+        elementwise: the promise that `inner` treats each entry by itself.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split;
             along their first axis, where the allocation asks for shapes.
 
@@ -83,4 +91,4 @@ def sparse(
     check_sees_gradients(score)
     rule = Ranked(sparsity, score, pattern, allocation, axis_name)
     store = Store(every, where, storage, axis_name)
-    return masked(inner, rule, store, name="sparse")
+    return masked(inner, rule, store, name="sparse", elementwise=elementwise)
