@@ -99,7 +99,8 @@ As a ratio to the best threshold of the grid:
     "sparse_steps": """A training step that is sparse
 
 On 12.6 million parameters, over 100 steps with one search for a mask, against Adam
-alone; bytes are those of the state beyond Adam's. JaxPruner does not run on today's
+alone; bytes are those of the state beyond Adam's. `elementwise=True` says that each of
+Adam's updates depends on its own entry alone. JaxPruner does not run on today's
 JAX: its rules for the same methods are restated with `argsort`, uint8 masks and
 products. Its straight-through method sorts in every step, and was not timed.
 
@@ -109,10 +110,11 @@ products. Its straight-through method sorts in every step, and was not timed.
 
 LeNet-300-100 and LeNet-5 in Caffe's sizes, `frontier.py`. Up to 108x networks are
 pruned by magnitude along a cubic ramp; at 10x and 20x they train for half as many
-epochs. LeNet-5 at 280x is pruned by Fisher information, θ²·F; its entries fall by the
-same factor in every step, to a sixtieth first, then more slowly. Every entry that is
-not zero counts, biases too. What is judged is read back from a file of so many bytes:
-for every such entry its value and its distance to the last one, a byte each, deflated.
+epochs. LeNet-5 at 280x is pruned so to 60x, half of the way; then, at ten times the
+learning rate, by Fisher information, θ²·F, and its entries fall by the same factor in
+every step. Every entry that is not zero counts, biases too. What is judged is read back
+from a file of so many bytes: for every such entry its value and its distance to the
+last one, a byte each, deflated.
 Trainings shared their two cores with others, and took up to three times as long as
 alone.
 

@@ -147,8 +147,18 @@ def methods():
             projected,
         ),
         "`sparse`": (clipjax.sparse(adam, SPARSITY, every=EVERY), 1.03, projected),
+        "`sparse`, elementwise": (
+            clipjax.sparse(adam, SPARSITY, every=EVERY, elementwise=True),
+            1.03,
+            projected,
+        ),
         "`static_sparse`": (
             clipjax.static_sparse(adam, SPARSITY, key=key),
+            None,
+            peer(adam, unchanged, dense_start=False, moves=True),
+        ),
+        "`static_sparse`, elementwise": (
+            clipjax.static_sparse(adam, SPARSITY, key=key, elementwise=True),
             None,
             peer(adam, unchanged, dense_start=False, moves=True),
         ),

@@ -105,7 +105,8 @@ def select(
     """
     names = meshes.axis_names(axis_name)
     kept = counts.of(kept)
-    return _selected(list(scores), kept, tuple(groups), tuple(floors), names)
+    groups, floors = tuple(map(int, groups)), tuple(map(int, floors))
+    return _selected(list(scores), kept, groups, floors, names)
 
 
 # Compiled, or an eager call would write every step of a search to memory, and traced

@@ -213,13 +213,16 @@ def test_gradients_of_what_is_pruned_leave_no_trace(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_an_elementwise_optimizer_gives_the_same_parameters(name):
-    """Which is shown what is pruned, for it to be forgotten."""
+    """It remembers what is pruned until that returns."""
     history, grads = run(name)
     tx = METHODS[name](optax.adam(0.125), 0.6, elementwise=True)
     other = train(tx, rounded(SHAPES, 0), grads)
     for (expected, mask, _), (actual, same, _) in zip(history, other, strict=True):
         assert_same(actual, expected, rtol=1e-6, atol=1e-7)
         assert_same(same, mask)
+    _, mask, state = other[-1]
+    for path, leaf in leaves(state.sparse_inner[0].mu).items():
+        assert (leaf[~mask[path]] != 0).any()
 
 
 def test_static_masks_stay_and_depend_on_the_key_alone():

@@ -294,6 +294,31 @@ def test_arrays_beyond_the_index_are_refused():
         jax.eval_shape(lambda x: selection.largest(x, 1), big)
 
 
+# Compiled once, also where it is called eagerly
+
+
+def test_a_search_is_traced_once_for_all_trees_of_the_same_shapes():
+    first, other = (
+        {"a": x, "b": x[:2]} for x in (normal((3, 5)), normal((3, 5), seed=1))
+    )
+    selection.largest(first, 4)
+    before = selection._selected._cache_size()
+    marks = selection.largest(other, 7)
+    jax.jit(selection.largest, static_argnums=1)(other, 9)
+    assert selection._selected._cache_size() == before
+    assert sum(int(mark.sum()) for mark in marks.values()) == 7
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_an_eager_call_takes_split_arrays(kind):
+    axis_types = (getattr(jax.sharding.AxisType, kind),)
+    mesh = jax.make_mesh((8,), ("d",), axis_types=axis_types)
+    x = normal((8, 6))
+    split = jax.device_put(x, jax.NamedSharding(mesh, P("d")))
+    assert_same(selection.largest(split, 9), selection.largest(x, 9))
+    assert_same(selection.kth_largest(split, 9), selection.kth_largest(x, 9))
+
+
 # Counts beyond 2³¹
 
 

@@ -297,6 +297,7 @@ def test_leaves_of_one_name_are_told_apart_by_their_whole_path():
 
 # An elementwise optimizer need not be shown zeros
 
+MOVING = {"score": largest_gradient, "every": 2}
 ELEMENTWISE = (
     "momentum adam adamw amsgrad lion rmsprop rprop inject multi_steps schedule_free"
 )
@@ -315,9 +316,6 @@ def test_an_elementwise_optimizer_gives_the_same_parameters(name):
     assert not np.array_equal(shown[0][0]["kernel"] == 0, actual["kernel"] == 0)
 
 
-MOVING = {"score": largest_gradient, "every": 2}
-
-
 def test_what_an_elementwise_optimizer_sees_is_as_it_is():
     """No NaN of a pruned entry comes back with it."""
     tx = quick(optax.sgd(1.0, momentum=0.5), 0.5, elementwise=True, **MOVING)
@@ -331,6 +329,17 @@ def test_what_an_elementwise_optimizer_sees_is_as_it_is():
     np.testing.assert_array_equal(trace, [[6.0, 4.5, np.nan, 1.5]])
     after = history[2][0]["kernel"]
     np.testing.assert_array_equal(after, [[8 - 4 - 6 - 7.0, 0, -3.0, 0]])
+
+
+def test_what_returns_is_forgotten_though_nobody_set_it_to_zero():
+    params, steps = normal({"kernel": (6, 8)}), gradients({"kernel": (6, 8)}, 6)
+    ends = []
+    for is_raw in (False, True):
+        tx = quick(optax.adam(0.1), 0.6, elementwise=is_raw, **MOVING)
+        halved = optax.chain(tx, optax.scale(0.5))
+        ends.append(train(halved, params, steps)[-1][0])
+    assert_same(*ends, rtol=1e-5, atol=1e-6)
+    assert (ends[0]["kernel"] != 0).all()
 
 
 # Due until it is made

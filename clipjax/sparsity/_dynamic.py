@@ -131,7 +131,9 @@ def sparse_evolutionary(
     start = Start(sparsity, key, allocation, axis_name)
     rule = Moving(start, drop_fraction, random_growth)
     store = Store(every, where, storage, axis_name)
-    return masked(inner, rule, store, name="sparse_evolutionary", elementwise=elementwise)
+    return masked(
+        inner, rule, store, name="sparse_evolutionary", elementwise=elementwise
+    )
 
 
 def rigl(

@@ -1,8 +1,8 @@
 """A mask around an optimizer: when it is made, and what it hides and takes away.
 
 A rule says which entries a new mask keeps.  All else is the same for every method: raw
-gradients reach the rule and nobody else, the optimizer sees neither gradients nor
-parameters of what is not kept, and with a new mask its memory of these restarts: only
+gradients reach the rule; an optimizer that is not elementwise sees no gradients and no
+parameters of what is not kept; with a new mask its memory of these restarts.  Only
 then, since moments that pass through a branch unchanged are not copied if the state is
 donated, or carried by a scan.
 """
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
 from .. import _checks as check, _trees as trees, masks
 from ._ranked import Now
@@ -55,11 +55,10 @@ def masked(
     """Returns `inner` with the masks that a rule makes around it.
 
     An elementwise one need not be shown zeros: what it makes of a pruned entry is read
-    by nobody, and its memory restarts before the entry returns.
+    by nobody, and its memory of it restarts before the entry returns.
     """
     check.has_method("update", inner=inner)
     check.flag(elementwise=elementwise)
-    shown = _as_it_is if elementwise else hidden
     inner = optax.with_extra_args_support(inner)
 
     def init(params):
@@ -88,6 +87,8 @@ def masked(
             visible = trees.map_by_path(hidden, params, new)
             # The last mask, by its zeros: to read its bits here would copy them.
             stays = {p: new[p] & masks.nonzero(x) for p, x in leaves.items()}
+            if elementwise:  # the memory of what was pruned is not clean
+                stays = {p: mask & old[p] for p, mask in stays.items()}
             return new, restarted(inner, inner_state, visible, stays)
 
         read, after, inner_state, made = store.change(
@@ -99,19 +100,13 @@ def masked(
             updates=moves,
         )
         kept = read()
-        outgoing, inner_state = inner.update(
-            trees.map_by_path(shown, updates, kept),
-            inner_state,
-            trees.map_by_path(shown, params, kept),
-            **extra_args,
-        )
+        shown = updates, params
+        if not elementwise:
+            shown = [trees.map_by_path(hidden, tree, kept) for tree in shown]
+        grads, visible = shown
+        outgoing, inner_state = inner.update(grads, inner_state, visible, **extra_args)
         number = state.masks_made + made.astype(jnp.int32)
         outgoing = trees.map_by_path(projected, outgoing, leaves, kept)
         return outgoing, SparseState(after, number, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _as_it_is(leaf: Any, mask: Bool[Array, "..."]) -> Any:
-    del mask
-    return leaf

@@ -1,4 +1,4 @@
-"""Sparsity around an optimizer: nothing of what is pruned reaches it."""
+"""Sparsity around an optimizer, from which it hides what is pruned."""
 
 import optax
 
@@ -39,11 +39,12 @@ def sparse(
     parameter's.  Other shapes, such as Adafactor's means of rows and columns or the
     vector of `optax.flatten`, are left alone: they fade, since they too see zeros.
 
-    If each entry of `inner`'s update depends on that entry alone, as with SGD, Adam,
-    AdamW or Lion without a clip, `elementwise=True` gives the same parameters sooner:
-    `inner` then sees gradients and parameters as they are, no mask is read in the loops
-    of its memory, and what that holds of pruned entries means nothing.  Not for a
-    global norm, Adafactor, LAMB or Muon, which would feel what is pruned.
+    If each entry of `inner`'s update depends on that entry alone, and all that it
+    remembers of it lies in such arrays, as with SGD, Adam, AdamW or Lion,
+    `elementwise=True` gives the same parameters sooner: `inner` then sees everything,
+    and what it remembers of pruned entries means nothing, and is NaN after a NaN there,
+    until they return.  Not for a clip of a norm, `optax.apply_if_finite`, Adafactor,
+    LAMB or Muon, which would feel what is pruned, nor for `optax.flatten`.
 
     Donate the state (`jax.jit(step, donate_argnums=...)`) or step inside a scan, or
     XLA copies the moments in every step.
