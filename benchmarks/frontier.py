@@ -30,8 +30,6 @@ import clipjax
 from clipjax import allocations, scores
 from clipjax.examples import data, linen_nets, train
 
-COARSE = 60  # the ratio at which a network in two parts is pruned by another score
-
 
 def by_magnitude(recipe, inner, sparsity, first, last):
     """Prunes behind the optimizer by magnitude, along a cubic."""
@@ -43,20 +41,20 @@ def by_magnitude(recipe, inner, sparsity, first, last):
 
 
 def by_fisher(recipe, inner, sparsity, first, last):
-    """Prunes by magnitude to a sixtieth, then around that by Fisher information.
+    """Prunes around the optimizer by Fisher information.
 
-    What is left falls by the same factor in every step of the second half: a cubic
-    takes most of the last thousands in a few hundred steps.
+    What is left falls by the same factor in every step, first to a sixtieth of the
+    entries within `recipe.hold`, then more slowly: a cubic takes most of the last
+    thousands in a few hundred steps.
     """
-    held = recipe.hold * last / recipe.stop
-    coarse = by_magnitude(recipe, inner, 1 - 1 / COARSE, first, int(0.9 * held))
+    steps = last / recipe.stop
+    points = jnp.array([first, recipe.hold * steps, last])
+    shares = jnp.log(jnp.array([1, 1 / 60, 1 - sparsity]))
 
     def ramp(step):
-        done = jnp.clip((step - held) / (last - held), 0, 1)
-        left = (1 / COARSE) ** (1 - done) * (1 - sparsity) ** done
-        return jnp.where(step < held, 0.0, 1 - left)
+        return 1 - jnp.exp(jnp.interp(step, points, shares))
 
-    return clipjax.sparse(coarse, ramp, score=scores.Fisher(), **_all(recipe))
+    return clipjax.sparse(inner, ramp, score=scores.Fisher(), **_all(recipe))
 
 
 def _all(recipe):
@@ -72,8 +70,8 @@ class Recipe(NamedTuple):
     """How a network is trained and made sparse.
 
     Adam with decoupled weight decay behind a clip of the global norm; the rate rises
-    over an epoch and falls along a cosine.  Until `hold` it is `early`.  Sparsity
-    rises from `start` to `stop`.  These three are shares of the training.
+    over an epoch and falls along a cosine, from `hold` on.  Sparsity rises from `start`
+    to `stop`.  These three are shares of the training.
     """
 
     method: Callable = by_magnitude
@@ -81,7 +79,6 @@ class Recipe(NamedTuple):
     decay: float = 0.05  # of the weights, times the rate
     balance: float = 0.3  # magnitudes are divided by this power of their leaf's rms
     epochs: int = 60
-    early: float = 0.0
     hold: float = 0.0
     start: float = 0.1
     stop: float = 0.65
@@ -90,16 +87,7 @@ class Recipe(NamedTuple):
 
 
 CONVOLUTIONS = Recipe(balance=0.0, epochs=24)  # magnitudes as they are
-FEWEST = Recipe(
-    by_fisher,
-    rate=2e-2,
-    balance=0.0,
-    epochs=16,
-    early=2e-3,
-    hold=0.5,
-    start=0.05,
-    stop=0.75,
-)
+FEWEST = Recipe(by_fisher, epochs=28, hold=0.27, start=0.03)
 
 
 class Goal(NamedTuple):
@@ -130,11 +118,15 @@ def balanced(param, update=None, *, power):
 
 def optimizer(recipe, sparsity, steps, epoch):
     """Returns the chain of a recipe."""
-    held = int(recipe.hold * steps)
-    rate = optax.warmup_cosine_decay_schedule(0.0, recipe.rate, epoch, steps - held)
-    if held:
-        early = optax.linear_schedule(0.0, recipe.early, epoch)
-        rate = optax.join_schedules([early, rate], [held])
+    falls = max(epoch, int(recipe.hold * steps))
+    rate = optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, recipe.rate, epoch),
+            optax.constant_schedule(recipe.rate),
+            optax.cosine_decay_schedule(recipe.rate, steps - falls),
+        ],
+        [epoch, falls],
+    )
     inner = optax.adamw(rate, weight_decay=recipe.decay)
     first, last = int(recipe.start * steps), int(recipe.stop * steps)
     pruned = recipe.method(recipe, inner, sparsity, first, last)
