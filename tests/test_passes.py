@@ -76,7 +76,12 @@ def test_blocks_of_an_array_are_reduced_apart(shape):
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 @pytest.mark.parametrize(
     ("shape", "spec"),
-    [((4096, 16), P("d")), ((64, 4, 16), P("d", "m")), ((8, 512), P(None, "m"))],
+    [
+        ((4096, 16), P("d")),
+        ((64, 4, 16), P("d", "m")),
+        ((8, 512), P(None, "d")),
+        ((8, 512), P(None, "m")),
+    ],
     ids=str,
 )
 def test_a_mesh_of_one_device_is_as_no_mesh(kind, shape, spec):
@@ -85,10 +90,9 @@ def test_a_mesh_of_one_device_is_as_no_mesh(kind, shape, spec):
     plain = {"kernel": normal(shape)}
     there = jax.device_put(plain, jax.NamedSharding(mesh, spec))
     tx = clipjax.sparsify(0.5)
-    update = jax.jit(tx.update)
+    init, update = jax.jit(tx.init), jax.jit(tx.update)
     results = [
-        update(params, tx.init(params), params)[0]["kernel"]
-        for params in (plain, there)
+        update(params, init(params), params)[0]["kernel"] for params in (plain, there)
     ]
     assert_same(*results, rtol=0)
     assert masks.count(masks.nonzero(there["kernel"])) == np.prod(shape)

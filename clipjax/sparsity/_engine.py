@@ -87,7 +87,7 @@ def masked(
             visible = trees.map_by_path(hidden, params, new)
             # The last mask, by its zeros: to read its bits here would copy them.
             stays = {p: new[p] & masks.nonzero(x) for p, x in leaves.items()}
-            if elementwise:  # the memory of what was pruned is not clean
+            if elementwise:  # worth that: a pruned entry may be remembered, zero or not
                 stays = {p: mask & old[p] for p, mask in stays.items()}
             return new, restarted(inner, inner_state, visible, stays)
 
@@ -100,11 +100,13 @@ def masked(
             updates=moves,
         )
         kept = read()
-        shown = updates, params
-        if not elementwise:
-            shown = [trees.map_by_path(hidden, tree, kept) for tree in shown]
-        grads, visible = shown
-        outgoing, inner_state = inner.update(grads, inner_state, visible, **extra_args)
+
+        def seen(tree):
+            return tree if elementwise else trees.map_by_path(hidden, tree, kept)
+
+        outgoing, inner_state = inner.update(
+            seen(updates), inner_state, seen(params), **extra_args
+        )
         number = state.masks_made + made.astype(jnp.int32)
         outgoing = trees.map_by_path(projected, outgoing, leaves, kept)
         return outgoing, SparseState(after, number, inner_state)
