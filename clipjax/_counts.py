@@ -47,13 +47,15 @@ class Count(NamedTuple):
         return self.high.astype(dtype) * dtype(_WORD) + self.low.astype(dtype)
 
 
-def of(number: int | Int[Array, "..."] | UInt[Array, "..."] | Count) -> Count:
-    """Splits an integer, a Python one of any size, into two words."""
+def of(
+    number: int | Sequence[int] | Int[Array, "..."] | UInt[Array, "..."] | Count,
+) -> Count:
+    """Splits integers, Python ones of any size, into two words."""
     if isinstance(number, Count):
         return number
-    if isinstance(number, int):
-        high, low = divmod(number, _WORD)
-        return Count(jnp.int32(high), jnp.int32(low))
+    if isinstance(number, int | Sequence):
+        words = np.divmod(np.asarray(number, np.int64), _WORD)
+        return Count(*(jnp.asarray(word, jnp.int32) for word in words))
     high = (number >> 16).astype(jnp.int32)
     return Count(high, (number & (_WORD - 1)).astype(jnp.int32))
 
@@ -93,25 +95,62 @@ def total(counts: Count, axis: int = 0) -> Count:
     return normal(*(jnp.sum(word, axis, dtype=jnp.int32) for word in counts))
 
 
-def zeros_of(sparsity: Number, size: int) -> Count:
+def filled(
+    amount: Count,
+    room: Count,
+    *,
+    order: Sequence[int] | Int[Array, " n"] | None = None,
+    groups: Sequence[int] = (),
+) -> Count:
+    """Fills rooms one after the other.
+
+    rᵢ = min(roomᵢ, max(amount - Σⱼ roomⱼ, 0)), over all j before i in its group
+
+    Args:
+        amount: to be shared out: a number, or for every room that of its group.
+        room: how many each takes at most, [n].
+        order: the place of each in the order of filling, instead of its index.
+        groups: the group of each, where there are several.
+    """
+    place = jnp.arange(len(room.low)) if order is None else jnp.asarray(order)
+    earlier = place[None] < place[:, None]
+    if groups:
+        group = jnp.asarray(groups)
+        earlier &= group[None] == group[:, None]
+    before = [
+        jnp.sum(jnp.where(earlier, word[None], 0), 1, dtype=jnp.int32) for word in room
+    ]
+    return clip(amount - normal(*before), of(0), room)
+
+
+def largest_first(sizes: Sequence[int]) -> list[int]:
+    """Returns the place of each size when the largest come first."""
+    order = np.argsort(-np.asarray(sizes), kind="stable")
+    return np.argsort(order).tolist()
+
+
+def zeros_of(
+    sparsity: Number | Float[Array, "..."], size: int | Sequence[int]
+) -> Count:
     """Returns ⌈sparsity·size⌉ exactly, the sparsity read to seven decimals.
 
     A float32 0.999 is not 0.999, and of 10⁹ entries it keeps 999,987.  Read as the
     decimal that was meant, it keeps 1,000,000.
     """
     parts = _decimals(jnp.asarray(sparsity).astype(jnp.float32))
-    whole, rest = divmod(size, _DECIMALS)
+    parts_of_size = np.divmod(np.asarray(size, np.int64), _DECIMALS)
+    whole, rest = (jnp.asarray(part, jnp.uint32) for part in parts_of_size)
     result, remainder = of(0), jnp.uint32(0)
     for shift in (21, 14, 7, 0):  # long division, seven bits at a time
         digits = (parts >> shift) & 127
-        numerator = remainder * jnp.uint32(128) + digits * jnp.uint32(rest)
+        numerator = remainder * jnp.uint32(128) + digits * rest
         remainder = numerator % _DECIMALS
-        step = of(digits * jnp.uint32(whole) + numerator // _DECIMALS)
+        step = of(digits * whole + numerator // _DECIMALS)
         result = normal(result.high * 128 + step.high, result.low * 128 + step.low)
     return normal(result.high, result.low + (remainder > 0).astype(jnp.int32))
 
 
-def _decimals(share: Float[Array, ""]) -> UInt[Array, ""]:
+def _decimals(share: Float[Array, "..."]) -> UInt[Array, "..."]:
     """Returns share·10⁷, rounded exactly; a NaN is zero.
 
     A float32 product would itself be rounded, to the wrong side for 1/3.

@@ -15,6 +15,7 @@ from . import _meshes as meshes
 
 _LEAST, _MOST = 128, 1024  # entries of a row, where we choose
 _ROWS = 16  # enough for all cores
+_FEW = 1 << 13  # entries, which one core reduces as soon
 
 Merge = Callable[[tuple[Array, ...], tuple[Array, ...]], tuple[Array, ...]]
 
@@ -24,7 +25,8 @@ def reduce(
 ) -> tuple[Array, ...]:
     """Reduces operands of one shape to a number each: by rows, then the rest.
 
-    An array whose size has no divisor of a row's length is reduced in one go.
+    A small array, and one whose size has no divisor of a row's length, is reduced in
+    one go.
 
     Args:
         operands: what to reduce, computed in the same pass.  Two or more: one by itself
@@ -42,6 +44,8 @@ def reduce(
     """
     rows = [_in_rows(x) for x in operands]
     parts = tuple(lax.reduce(tuple(x for x, _ in rows), starts, merge, rows[0][1]))
+    if not parts[0].ndim:
+        return parts
     # Held, or XLA would make one reduction of both.
     parts = lax.optimization_barrier(parts)
     return tuple(lax.reduce(parts, starts, merge, tuple(range(parts[0].ndim))))
@@ -50,6 +54,8 @@ def reduce(
 def _in_rows(x: Array) -> tuple[Array, tuple[int, ...]]:
     """Returns an array, in another shape if need be, and which of its axes are rows."""
     shape, size = x.shape, x.size
+    if size <= _FEW:
+        return x, tuple(range(len(shape)))
     for first in range(len(shape) - 1, 0, -1):
         length = math.prod(shape[first:])
         if length >= _LEAST and size >= _ROWS * length:

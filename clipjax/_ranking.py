@@ -39,7 +39,7 @@ class Ranked(NamedTuple):
         sizes = [0] * (max(self.groups) + 1)
         for entries, group in zip(self.entries, self.groups, strict=True):
             sizes[group] += entries
-        return counts.stack([counts.of(size) for size in sizes])
+        return counts.of(sizes)
 
 
 def ranked(
@@ -146,19 +146,26 @@ def first_places(
     ranked: Ranked, keys: Int[Array, " arrays"]
 ) -> tuple[Int[Array, " arrays"], Count]:
     """Returns where each array first holds a key, and how often it does."""
-    first, often = [], []
+    here: dict[tuple[str, ...], list] = {}
     for i, (make, size) in enumerate(zip(ranked.keys, ranked.entries, strict=True)):
         key = make(keys)
         place = places(key, ranked.axis_name)
-        least, number = _first_and_count(key == keys[i], place, size)
         axes = meshes.axes_of(key, ranked.axis_name)
-        number = counts.of(number)
+        found = _first_and_count(key == keys[i], place, size)
+        here.setdefault(axes, []).append((i, *found))
+    order, parts = [], []
+    for axes, found in here.items():  # two collectives for all arrays
+        index, *both = zip(*found, strict=True)
+        least, number = map(jnp.stack, both)
+        high, low = counts.of(number)
         if axes:
             least = lax.pmin(least, axes)
-            number = counts.normal(*lax.psum(tuple(number), axes))
-        first.append(least)
-        often.append(number)
-    return jnp.stack(first), counts.stack(often)
+            high, low = counts.normal(*lax.psum((high, low), axes))
+        order += index
+        parts.append((least, high, low))
+    back = np.argsort(order)
+    first, high, low = (jnp.concatenate(x)[back] for x in zip(*parts, strict=True))
+    return first, Count(high, low)
 
 
 def _first_and_count(

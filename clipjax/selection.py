@@ -133,7 +133,7 @@ def _selected(
     ranked = ranking.ranked(scores, groups, axes)
     if any(floors):
         own = ranked._replace(groups=tuple(range(len(scores))))
-        first = _marks(own, counts.stack([counts.of(floor) for floor in floors]))
+        first = _marks(own, counts.of(floors))
         keys = [
             functools.partial(ranking.ahead, make, mask)
             for make, mask in zip(ranked.keys, first, strict=True)
@@ -141,7 +141,7 @@ def _selected(
         needed = [0] * (max(groups) + 1)
         for floor, group in zip(floors, groups, strict=True):
             needed[group] += floor
-        least = counts.stack([counts.of(number) for number in needed])
+        least = counts.of(needed)
         kept = counts.where(kept.at_least(least), kept, least)
         ranked = ranked._replace(keys=keys)
     return _marks(ranked, kept)
@@ -159,7 +159,9 @@ def _marks(ranked: Ranked, kept: Count) -> list[Bool[Array, "..."]]:
     tie = lax.optimization_barrier(jnp.where(highest, most, bracket.low)[group])
     first, ties = ranking.first_places(ranked, tie)
     none = counts.of(jnp.zeros_like(first))
-    taken = _share_out(ranked.groups, kept - bracket.reach_high, ties)
+    # The first arrays of a group mark all of the ties that they can.
+    wanted = (kept - bracket.reach_high).at(group)
+    taken = counts.filled(wanted, ties, groups=ranked.groups)
     taken = counts.where(lowest[group], none, taken)
     ends = jnp.where(taken.equals(counts.of(1)), first + 1, 0)
     ends = lax.cond(
@@ -201,13 +203,3 @@ def _tie_ends(
     some = ~taken.equals(counts.of(0))
     bracket = search.close_in(places, taken, search.between(size, ties, some))
     return jnp.where(some, size - search.answer(places, taken, bracket), 0)
-
-
-def _share_out(groups: tuple[int, ...], wanted: Count, ties: Count) -> Count:
-    """Returns how many ties each array may mark: the first arrays take all they can."""
-    taken: list[Count] = []
-    left = [wanted.at(group) for group in range(max(groups) + 1)]
-    for i, group in enumerate(groups):
-        taken.append(counts.clip(left[group], counts.of(0), ties.at(i)))
-        left[group] = left[group] - taken[-1]
-    return counts.stack(taken)

@@ -50,9 +50,8 @@ CHAINS = {  # the second needs no more than the first has measured
 
 def reads(tx, updates, params):
     """How many instructions outside of branches take the updates, weighed by size."""
-    options = {"xla_backend_optimization_level": 3}
-    compiled = jax.jit(tx.update).lower(updates, tx.init(params), params)
-    compiled = compiled.compile(compiler_options=options)
+    state = jax.jit(tx.init)(params)
+    compiled = jax.jit(tx.update).lower(updates, state, params).compile()
     entry = compiled.as_text().split("ENTRY", 1)[1].splitlines()
     read, leaves = 0, jax.tree.leaves(updates)
     for i, leaf in enumerate(leaves):

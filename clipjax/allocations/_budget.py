@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from jaxtyping import Array, Float
+
 from .. import _checks as check, _counts as counts
 from .._counts import Count
 from .._types import Number
@@ -26,27 +28,25 @@ def check_numbers(sparsity: Number, floor: int) -> None:
     check.whole(0, floor=floor)
 
 
-def kept_of(sparsity: Number, size: int, floor: int) -> Count:
+def kept_of(
+    sparsity: Number | Float[Array, " n"],
+    size: int | Sequence[int],
+    floor: int | Sequence[int],
+) -> Count:
     """Returns n - ⌈s·n⌉, but the floor at least."""
     kept = counts.of(size) - counts.zeros_of(sparsity, size)
     return counts.clip(kept, counts.of(floor), counts.of(size))
 
 
-def exactly(
-    wanted: Count,
-    kept: list[Count],
-    sizes: Sequence[int],
-    floors: Sequence[int] | Sequence[Count],
-) -> Count:
-    """Brings numbers into their bounds, and their sum to what is wanted."""
-    bounds = [
-        (counts.of(low), counts.of(high))
-        for low, high in zip(floors, sizes, strict=True)
-    ]
-    result = [counts.clip(k, *b) for k, b in zip(kept, bounds, strict=True)]
-    rest = wanted - counts.total(counts.stack(result))
-    for i in sorted(range(len(kept)), key=lambda i: -sizes[i]):
-        moved = result[i] - (counts.of(0) - rest)
-        result[i] = counts.clip(moved, *bounds[i])
-        rest = moved - result[i]
-    return counts.stack(result)
+def exactly(wanted: Count, kept: Count, sizes: Sequence[int], floors: Count) -> Count:
+    """Brings numbers into their bounds, and their sum to what is wanted.
+
+    The largest arrays that have room make up for the others.
+    """
+    most = counts.of(sizes)
+    kept = counts.clip(kept, floors, most)
+    rest = wanted - counts.total(kept)
+    order = counts.largest_first(sizes)
+    more = counts.filled(rest, most - kept, order=order)
+    less = counts.filled(counts.of(0) - rest, kept - floors, order=order)
+    return kept - (less - more)

@@ -113,14 +113,17 @@ class _ByPath:
 
     def __call__(self, shapes: Sequence[tuple[int, ...]], sparsity: Number) -> Budget:
         check_numbers(sparsity, self.floor)
-        kept = []
-        for path, shape in zip(self.paths or _no_paths("by_path"), shapes, strict=True):
+        sizes = [math.prod(shape) for shape in shapes]
+        paths = self.paths or _no_paths("by_path")
+        every = []
+        for path, _ in zip(paths, shapes, strict=True):
             own = self.function(path, sparsity)
             own = sparsity if own is None else own
             check.between(0, 1, **{f"the sparsity of {path!r}": own})
-            size = math.prod(shape)
-            kept.append(kept_of(own, size, min(self.floor, size)))
-        return Budget(counts.stack(kept), tuple(range(len(kept))), (0,) * len(kept))
+            every.append(jnp.asarray(own).astype(jnp.float32))
+        floors = [min(self.floor, size) for size in sizes]
+        kept = kept_of(jnp.stack(every), sizes, floors)
+        return Budget(kept, tuple(range(len(sizes))), (0,) * len(sizes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +156,7 @@ class _Excluding:
             return allot(inner, own, own_shapes, share, axis_name=axis_name)
 
         scores, groups, floors = list(scores), [-1] * len(sizes), [0] * len(sizes)
-        kept = []
+        kept = counts.of([])
         if rest:
             weighed, budget = budget_at(share)
             for place, i in enumerate(rest):
@@ -161,20 +164,20 @@ class _Excluding:
                 floors[i] = budget.floors[place]
             least = budget_at(1.0)[1].kept
             kept = _brought_to(wanted, budget.kept, least, groups, sizes)
-        for i in range(len(sizes)):
-            if groups[i] < 0:  # dense
-                groups[i] = len(kept)
-                kept.append(counts.of(sizes[i]))
-        return scores, Budget(counts.stack(kept), tuple(groups), tuple(floors))
+        whole = [i for i, group in enumerate(groups) if group < 0]
+        for place, i in enumerate(whole):
+            groups[i] = len(kept.low) + place
+        both = zip(kept, counts.of([sizes[i] for i in whole]), strict=True)
+        kept = Count(*(jnp.concatenate(words) for words in both))
+        return scores, Budget(kept, tuple(groups), tuple(floors))
 
 
 def _brought_to(
     wanted: Count, kept: Count, least: Count, groups: list[int], sizes: list[int]
-) -> list[Count]:
+) -> Count:
     """Returns what each group keeps, with what is wanted as their sum."""
-    known = range(len(kept.high))
-    most = [sum(n for n, g in zip(sizes, groups, strict=True) if g == k) for k in known]
-    exact = exactly(
-        wanted, [kept.at(k) for k in known], most, [least.at(k) for k in known]
-    )
-    return [exact.at(k) for k in known]
+    most = [0] * len(kept.low)
+    for group, size in zip(groups, sizes, strict=True):
+        if group >= 0:
+            most[group] += size
+    return exactly(wanted, kept, most, least)

@@ -76,7 +76,7 @@ class _Lamp:
         arrays = [_Scaled.of(x, axis_name) for x in scores]
         floors = [min(self.floor, x.entries) for x in arrays]
         wanted = kept_of(sparsity, sum(x.entries for x in arrays), sum(floors))
-        kept = _kept(arrays, wanted, counts.stack([counts.of(n) for n in floors]))
+        kept = _kept(arrays, wanted, counts.of(floors))
         return scores, Budget(kept, tuple(range(len(arrays))), (0,) * len(arrays))
 
 
@@ -142,7 +142,7 @@ def _kept(arrays: list[_Scaled], wanted: Count, floors: Count) -> Count:
     start = _Ends(
         jnp.zeros(len(arrays), jnp.int32),
         jnp.full(len(arrays), _END, jnp.int32),
-        counts.stack([counts.of(x.entries) for x in arrays]),
+        counts.of([x.entries for x in arrays]),
         floors,
     )
     ends = lax.while_loop(
@@ -206,17 +206,11 @@ def _between(keys: Array, reach: Count, low: Array, high: Array) -> _Ends:
 
 def _shared_out(ends: _Ends, wanted: Count, order: Int[Array, " arrays"]) -> Count:
     """Gives what is still wanted to the last key of each array, in this order."""
-
-    def take(left, i):
-        most = ends.reach_low.at(i) - ends.reach_high.at(i)
-        taken = counts.clip(left, counts.of(0), most)
-        return left - taken, taken
-
     left = wanted - counts.total(ends.reach_high)
-    _, taken = lax.scan(take, left, order)
-    back = jnp.argsort(order)
-    high, low = (word[back] for word in taken)
-    return counts.normal(ends.reach_high.high + high, ends.reach_high.low + low)
+    most = ends.reach_low - ends.reach_high
+    taken = counts.filled(left, most, order=jnp.argsort(order))
+    high, low = (a + b for a, b in zip(ends.reach_high, taken, strict=True))
+    return counts.normal(high, low)
 
 
 def _framed(first: Array, middle: Array, last: Array) -> Array:

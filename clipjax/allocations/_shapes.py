@@ -29,8 +29,8 @@ def uniform(
     """
     check_numbers(sparsity, floor)
     sizes = [math.prod(shape) for shape in shapes]
-    kept = [kept_of(sparsity, size, min(floor, size)) for size in sizes]
-    return Budget(counts.stack(kept), tuple(range(len(sizes))), (0,) * len(sizes))
+    kept = kept_of(sparsity, sizes, [min(floor, size) for size in sizes])
+    return Budget(kept, tuple(range(len(sizes))), (0,) * len(sizes))
 
 
 def global_(
@@ -53,8 +53,8 @@ def global_(
     check_numbers(sparsity, floor)
     sizes = [math.prod(shape) for shape in shapes]
     floors = tuple(min(floor, size) for size in sizes)
-    kept = [kept_of(sparsity, sum(sizes), sum(floors))]
-    return Budget(counts.stack(kept), (0,) * len(sizes), floors)
+    kept = kept_of(sparsity, [sum(sizes)], [sum(floors)])
+    return Budget(kept, (0,) * len(sizes), floors)
 
 
 def erdos_renyi(
@@ -132,7 +132,7 @@ def _proportional(
     fits = scales * ratios[order].astype(np.float32) <= 1
     scale = jnp.where(jnp.any(fits), scales[jnp.argmax(fits)], jnp.inf)
     shares = jnp.minimum(scale * ratios.astype(np.float32), 1)
-    kept = [counts.floor(shares[i] * np.float32(size)) for i, size in enumerate(sizes)]
-    floors = [min(floor, size) for size in sizes]
+    kept = counts.floor(shares * np.array(sizes, np.float32))
+    floors = counts.of([min(floor, size) for size in sizes])
     groups = tuple(range(len(sizes)))
     return Budget(exactly(wanted, kept, sizes, floors), groups, (0,) * len(sizes))

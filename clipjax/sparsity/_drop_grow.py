@@ -38,7 +38,7 @@ def moved(
     return selection.select(order, budget.kept, budget.groups, **options)
 
 
-def part_of(number: Count, share: Float[Array, ""]) -> Count:
+def part_of(number: Count, share: Float[Array, "..."]) -> Count:
     """Returns ⌊share·number⌋."""
     rounded = counts.floor(jnp.clip(share, 0, 1) * number.to_float())
     return counts.where(number.at_least(rounded), rounded, number)
@@ -51,17 +51,11 @@ def redistributed(
 
     What rounding and full arrays leave over goes to the largest array that has room.
     """
-    none, rest = counts.of(0), total
-    parts = []
-    for i in range(len(sizes)):
-        most = counts.where(rest.at_least(room.at(i)), room.at(i), rest)
-        parts.append(counts.clip(part_of(total, shares[i]), none, most))
-        rest = rest - parts[i]
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        more = counts.clip(rest, none, room.at(i) - parts[i])
-        parts[i] = counts.total(counts.stack([parts[i], more]))
-        rest = rest - more
-    return counts.stack(parts)
+    part = part_of(total, shares)
+    parts = counts.filled(total, counts.where(room.at_least(part), part, room))
+    rest = total - counts.total(parts)
+    more = counts.filled(rest, room - parts, order=counts.largest_first(sizes))
+    return counts.normal(parts.high + more.high, parts.low + more.low)
 
 
 def means(

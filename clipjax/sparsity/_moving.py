@@ -185,15 +185,14 @@ class Redistributing:
         axis_name, params = self.start.axis_name, list(now.params.values())
         sizes = [x.size * meshes.blocks(x, axis_name) for x in params]
         grown = [jnp.abs(now.memory[p]) for p in now.params]
-        number = counts.stack(
-            [counts.of(masks.count(m, axis_name=axis_name)) for m in old.values()]
-        )
+        number = [masks.count(m, axis_name=axis_name) for m in old.values()]
+        number = counts.of(jnp.stack(number))
         dropped = self._dropped(number, now)
         stay, all_dropped = number - dropped, counts.total(dropped)
         means = drop_grow.means(grown, list(old.values()), number, axis_name)
         parts = dropped.to_float() / jnp.maximum(all_dropped.to_float(), 1)
         shares = jnp.where(jnp.sum(means) > 0, means / jnp.sum(means), parts)
-        room = counts.stack([counts.of(size) for size in sizes]) - stay
+        room = counts.of(sizes) - stay
         added = drop_grow.redistributed(all_dropped, shares, room, sizes)
         kept = counts.normal(stay.high + added.high, stay.low + added.low)
         groups = tuple(range(len(sizes)))
