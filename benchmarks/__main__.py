@@ -110,12 +110,12 @@ products. Its straight-through method sorts in every step, and was not timed.
 
 LeNet-300-100 and LeNet-5 in Caffe's sizes, `frontier.py`. Up to 108x networks are
 pruned by magnitude along a cubic ramp; at 10x and 20x they train for half as many
-epochs. LeNet-5 at 280x is pruned by Fisher information, θ²·F; its entries fall by the
-same factor in every step, to a sixtieth first, then more slowly. Every entry that is
-not zero counts, biases too. What is judged is read back from a file of so many bytes:
-for every such entry its value and its distance to the last one, a byte each, deflated.
-Trainings shared their two cores with others, and took up to three times as long as
-alone.
+epochs. LeNet-5 at 280x is pruned by Fisher information, θ²·F, at five times the
+learning rate; its entries fall by the same factor in every step, to a sixtieth first,
+then more slowly. Every entry that is not zero counts, biases too. What is judged is
+read back from a file of so many bytes: for every such entry its value and its distance
+to the last one, a byte each, deflated. Trainings shared their two cores with others,
+and took up to three times as long as alone.
 
 {table}
 """,

@@ -50,11 +50,13 @@ class Count(NamedTuple):
 def of(
     number: int | Sequence[int] | Int[Array, "..."] | UInt[Array, "..."] | Count,
 ) -> Count:
-    """Splits integers, Python ones of any size, into two words."""
+    """Splits integers below 2⁴⁷ into two words."""
     if isinstance(number, Count):
         return number
     if isinstance(number, int | Sequence):
         words = np.divmod(np.asarray(number, np.int64), _WORD)
+        if np.any(words[0] >= 1 << 31):
+            raise OverflowError(f"A count must be below 2⁴⁷, but is {np.max(number)}.")
         return Count(*(jnp.asarray(word, jnp.int32) for word in words))
     high = (number >> 16).astype(jnp.int32)
     return Count(high, (number & (_WORD - 1)).astype(jnp.int32))
@@ -90,6 +92,11 @@ def stack(counts: list[Count]) -> Count:
     return Count(*(jnp.stack(words) for words in zip(*counts, strict=True)))
 
 
+def plus(one: Count, other: Count) -> Count:
+    """Adds elementwise."""
+    return normal(one.high + other.high, one.low + other.low)
+
+
 def total(counts: Count, axis: int = 0) -> Count:
     """Sums along an axis."""
     return normal(*(jnp.sum(word, axis, dtype=jnp.int32) for word in counts))
@@ -99,7 +106,7 @@ def filled(
     amount: Count,
     room: Count,
     *,
-    order: Sequence[int] | Int[Array, " n"] | None = None,
+    order: Int[np.ndarray, " n"] | Int[Array, " n"] | None = None,
     groups: Sequence[int] = (),
 ) -> Count:
     """Fills rooms one after the other.
@@ -108,25 +115,28 @@ def filled(
 
     Args:
         amount: to be shared out: a number, or for every room that of its group.
-        room: how many each takes at most, [n].
-        order: the place of each in the order of filling, instead of its index.
-        groups: the group of each, where there are several.
+        room: how much each takes at most, [n], of at most 2¹⁵ rooms; not negative.
+        order: which to fill first, which then; by default as they stand.
+        groups: the group of each, if there are several; not together with `order`.
     """
-    place = jnp.arange(len(room.low)) if order is None else jnp.asarray(order)
-    earlier = place[None] < place[:, None]
-    if groups:
-        group = jnp.asarray(groups)
-        earlier &= group[None] == group[:, None]
-    before = [
-        jnp.sum(jnp.where(earlier, word[None], 0), 1, dtype=jnp.int32) for word in room
-    ]
-    return clip(amount - normal(*before), of(0), room)
+    if groups and len(set(groups)) == len(groups):
+        return clip(amount, of(0), room)
+    sorted_groups = np.sort(groups)
+    if groups and tuple(sorted_groups) != tuple(groups):
+        order = np.argsort(groups, kind="stable")
+    queue = room if order is None else room.at(order)
+    before = normal(*(jnp.cumsum(word, dtype=jnp.int32) - word for word in queue))
+    if groups:  # but those before the first of the own group
+        before = before - before.at(np.searchsorted(sorted_groups, sorted_groups))
+    if order is not None:
+        sort = np.argsort if isinstance(order, np.ndarray) else jnp.argsort
+        before = before.at(sort(order))
+    return clip(amount - before, of(0), room)
 
 
-def largest_first(sizes: Sequence[int]) -> list[int]:
-    """Returns the place of each size when the largest come first."""
-    order = np.argsort(-np.asarray(sizes), kind="stable")
-    return np.argsort(order).tolist()
+def largest_first(sizes: Sequence[int]) -> Int[np.ndarray, " n"]:
+    """Orders arrays by their size, equal ones as they stand."""
+    return np.argsort(-np.asarray(sizes), kind="stable")
 
 
 def zeros_of(
@@ -138,8 +148,8 @@ def zeros_of(
     decimal that was meant, it keeps 1,000,000.
     """
     parts = _decimals(jnp.asarray(sparsity).astype(jnp.float32))
-    parts_of_size = np.divmod(np.asarray(size, np.int64), _DECIMALS)
-    whole, rest = (jnp.asarray(part, jnp.uint32) for part in parts_of_size)
+    words = np.divmod(np.asarray(size, np.int64), _DECIMALS)
+    whole, rest = (jnp.asarray(word, jnp.uint32) for word in words)
     result, remainder = of(0), jnp.uint32(0)
     for shift in (21, 14, 7, 0):  # long division, seven bits at a time
         digits = (parts >> shift) & 127

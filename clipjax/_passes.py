@@ -15,7 +15,7 @@ from . import _meshes as meshes
 
 _LEAST, _MOST = 128, 1024  # entries of a row, where we choose
 _ROWS = 16  # enough for all cores
-_FEW = 1 << 13  # entries, which one core reduces as soon
+_FEW = 1 << 13  # entries, which are reduced in one go as fast as by rows
 
 Merge = Callable[[tuple[Array, ...], tuple[Array, ...]], tuple[Array, ...]]
 

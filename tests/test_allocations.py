@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clipjax import allocations, patterns
+from clipjax import _counts as counts, allocations, patterns
+from clipjax.allocations._budget import exactly
 from clipjax.scores import Magnitude
 
 LENET = ((784, 300), (300, 100), (100, 10))
@@ -41,6 +42,23 @@ def numbers(count):
 def rest(sparsity, size):
     """n - ⌈s·n⌉ in integers."""
     return size - -(-round(sparsity * 10**7) * size // 10**7)
+
+
+def test_a_sum_is_reached_from_the_largest_array_on():
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        room = rng.integers(0, 10**6, 5)
+        room[3] = room[1]  # of two as large the first
+        floors = rng.integers(0, room + 1)
+        kept = rng.integers(0, 10**6, 5)
+        wanted = int(rng.integers(0, 1.2 * room.sum()))
+        expected = np.clip(kept, floors, room)
+        for i in np.argsort(-room, kind="stable"):
+            moved = expected[i] + wanted - expected.sum()
+            expected[i] = np.clip(moved, floors[i], room[i])
+        words = (counts.of(x.tolist()) for x in (kept, floors))
+        actual = exactly(counts.of(wanted), next(words), room.tolist(), next(words))
+        assert numbers(actual) == expected.tolist()
 
 
 @each_network

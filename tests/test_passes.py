@@ -21,6 +21,7 @@ SHAPES = [
     (7, 3000),
     (128, 128),
     (3, 5, 200),  # few
+    (64, 128),  # just as many as are few
     (16, 16, 64),
     (5, 5, 16, 64),
 ]
@@ -55,8 +56,9 @@ def test_numbers_are_those_of_numpy(shape):
     assert_same(jax.jit(summary)(jnp.asarray(x)), expected(x), rtol=0)
 
 
-def test_a_batch_is_reduced_one_by_one():
-    x = draw((3, 16384))
+@pytest.mark.parametrize("size", [100, 16384])
+def test_a_batch_is_reduced_one_by_one(size):
+    x = draw((3, size))
     mapped = jax.jit(jax.vmap(summary))(jnp.asarray(x))
     assert_same(mapped, np.stack([expected(row) for row in x]), rtol=0)
 

@@ -366,18 +366,29 @@ def number(count):
     return int(count.high) * 2**16 + int(count.low)
 
 
-SIZES = [0, 1, 7, 1000, 2**16 - 1, 2**16, 10**7 - 1, 10**7, 10**7 + 1, 2**31 - 1]
+def numbers(count):
+    high, low = (np.asarray(word, np.int64) for word in count)
+    return (high * 2**16 + low).tolist()
+
+
+SMALL = 0, 1, 7, 1000, 2**16 - 1, 2**16, 10**7 - 1, 10**7, 10**7 + 1, 2**31 - 1
+SIZES = *SMALL, 2**31, 2**40 + 12345, 10**12, 10**12 + 7
 zeros_of = jax.jit(counts.zeros_of, static_argnums=1)
 
 
-@pytest.mark.parametrize("size", [*SIZES, 2**31, 2**40 + 12345, 10**12, 10**12 + 7])
-def test_zeros_are_counted_exactly(size):
-    rng = np.random.default_rng(size % 1000)
+def test_zeros_are_counted_exactly():
     special = [0, 1, 0.5, 0.9, 0.99, 0.999, 0.9999999, 1e-7, 1e-8, 1 / 3, 0.1]
-    for sparsity in [*special, *rng.uniform(0, 1, 30)]:
-        actual = zeros_of(jnp.float32(sparsity), size)
-        assert 0 <= int(actual.low) < 2**16
-        assert number(actual) == exact(sparsity, size), sparsity
+    for sparsity in [*special, *np.random.default_rng(0).uniform(0, 1, 300)]:
+        actual = zeros_of(jnp.float32(sparsity), SIZES)
+        assert np.all((actual.low >= 0) & (actual.low < 2**16))
+        expected = [exact(sparsity, size) for size in SIZES]
+        assert numbers(actual) == expected, sparsity
+
+
+def test_every_array_may_have_its_own_sparsity():
+    own = [0.5, 0.999, 1 / 3, 0.0]
+    actual = zeros_of(jnp.float32(own), (7, 10**9, 10**7, 5))
+    assert numbers(actual) == [4, 999 * 10**6, 3_333_333, 0]
 
 
 def test_a_decimal_is_read_as_it_was_meant():
@@ -419,6 +430,43 @@ def test_counts_are_brought_between_two_others():
     assert number(crossed) == 7
 
 
+def one_by_one(amounts, rooms, order, groups):
+    """Fills rooms in plain integers; an amount is that of its group."""
+    left = dict(zip(groups, amounts, strict=True))
+    taken = [0] * len(rooms)
+    for i in order:
+        taken[i] = max(min(left[groups[i]], rooms[i]), 0)
+        left[groups[i]] -= taken[i]
+    return taken
+
+
+@pytest.mark.parametrize("largest", [3, 10**5, 2**31 - 1])
+def test_rooms_are_filled_one_after_the_other(largest):
+    rng, n = np.random.default_rng(0), 6
+    for _ in range(20):
+        rooms = rng.integers(0, largest, n).tolist()
+        groups = rng.integers(0, 3, n).tolist()
+        order = rng.permutation(n)
+        each = rng.integers(-largest, 3 * largest, 3)
+        amounts = each[groups].tolist()
+        own = counts.filled(counts.of(amounts), counts.of(rooms), groups=groups)
+        assert numbers(own) == one_by_one(amounts, rooms, range(n), groups)
+        expected = one_by_one([amounts[0]] * n, rooms, order, [0] * n)
+        for known in (order, jnp.asarray(order)):
+            all_ = counts.filled(counts.of(amounts[0]), counts.of(rooms), order=known)
+            assert numbers(all_) == expected
+
+
+def test_the_largest_come_first():
+    assert counts.largest_first([3, 9, 0, 9]).tolist() == [1, 3, 0, 2]
+
+
+def test_more_than_a_count_holds_is_refused():
+    assert number(counts.of(2**47 - 1)) == 2**47 - 1
+    with pytest.raises(OverflowError, match="below 2⁴⁷"):
+        counts.of([1, 2**47])
+
+
 def test_counts_become_floats():
     np.testing.assert_allclose(counts.of(10**10).to_float(), 1e10, rtol=1e-7)
 
@@ -428,11 +476,11 @@ def test_counts_become_floats():
 
 @pytest.mark.parametrize("ties", [False, True])
 def test_in_shard_map_devices_count_together(ties):
-    shapes = {"rows": (16, 3), "columns": (2, 24), "whole": (9,)}
-    specs = {"rows": P("d"), "columns": P(None, "d"), "whole": P()}
+    shapes = {"columns": (2, 24), "few": (8, 2), "kept": (9,), "rows": (16, 3)}
+    specs = {"columns": P(None, "d"), "few": P("d"), "kept": P(), "rows": P("d")}
     tree = {key: normal(shape, seed=i) for i, (key, shape) in enumerate(shapes.items())}
     if ties:  # along the first axis only: the earlier device has the earlier places
-        tree = {key: jnp.round(tree[key]) for key in ("rows", "whole")}
+        tree = {key: jnp.round(tree[key]) for key in ("few", "kept", "rows")}
     specs = {key: specs[key] for key in tree}
     axis_type = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((8,), ("d",), axis_types=axis_type)

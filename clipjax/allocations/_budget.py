@@ -33,7 +33,7 @@ def kept_of(
     size: int | Sequence[int],
     floor: int | Sequence[int],
 ) -> Count:
-    """Returns n - ⌈s·n⌉, but the floor at least."""
+    """Returns n - ⌈s·n⌉, but the floor at least, for one array or for each."""
     kept = counts.of(size) - counts.zeros_of(sparsity, size)
     return counts.clip(kept, counts.of(floor), counts.of(size))
 
@@ -44,9 +44,10 @@ def exactly(wanted: Count, kept: Count, sizes: Sequence[int], floors: Count) -> 
     The largest arrays that have room make up for the others.
     """
     most = counts.of(sizes)
+    floors = counts.clip(floors, counts.of(0), most)
     kept = counts.clip(kept, floors, most)
     rest = wanted - counts.total(kept)
     order = counts.largest_first(sizes)
     more = counts.filled(rest, most - kept, order=order)
     less = counts.filled(counts.of(0) - rest, kept - floors, order=order)
-    return kept - (less - more)
+    return counts.plus(kept, more) - less

@@ -115,14 +115,14 @@ class _ByPath:
         check_numbers(sparsity, self.floor)
         sizes = [math.prod(shape) for shape in shapes]
         paths = self.paths or _no_paths("by_path")
-        every = []
+        sparsities = []
         for path, _ in zip(paths, shapes, strict=True):
             own = self.function(path, sparsity)
             own = sparsity if own is None else own
             check.between(0, 1, **{f"the sparsity of {path!r}": own})
-            every.append(jnp.asarray(own).astype(jnp.float32))
+            sparsities.append(jnp.asarray(own).astype(jnp.float32))
         floors = [min(self.floor, size) for size in sizes]
-        kept = kept_of(jnp.stack(every), sizes, floors)
+        kept = kept_of(jnp.stack(sparsities), sizes, floors)
         return Budget(kept, tuple(range(len(sizes))), (0,) * len(sizes))
 
 
@@ -164,10 +164,10 @@ class _Excluding:
                 floors[i] = budget.floors[place]
             least = budget_at(1.0)[1].kept
             kept = _brought_to(wanted, budget.kept, least, groups, sizes)
-        whole = [i for i, group in enumerate(groups) if group < 0]
-        for place, i in enumerate(whole):
+        dense = [i for i, group in enumerate(groups) if group < 0]
+        for place, i in enumerate(dense):
             groups[i] = len(kept.low) + place
-        both = zip(kept, counts.of([sizes[i] for i in whole]), strict=True)
+        both = zip(kept, counts.of([sizes[i] for i in dense]), strict=True)
         kept = Count(*(jnp.concatenate(words) for words in both))
         return scores, Budget(kept, tuple(groups), tuple(floors))
 

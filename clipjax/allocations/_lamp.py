@@ -208,9 +208,7 @@ def _shared_out(ends: _Ends, wanted: Count, order: Int[Array, " arrays"]) -> Cou
     """Gives what is still wanted to the last key of each array, in this order."""
     left = wanted - counts.total(ends.reach_high)
     most = ends.reach_low - ends.reach_high
-    taken = counts.filled(left, most, order=jnp.argsort(order))
-    high, low = (a + b for a, b in zip(ends.reach_high, taken, strict=True))
-    return counts.normal(high, low)
+    return counts.plus(ends.reach_high, counts.filled(left, most, order=order))
 
 
 def _framed(first: Array, middle: Array, last: Array) -> Array:

@@ -55,7 +55,7 @@ def redistributed(
     parts = counts.filled(total, counts.where(room.at_least(part), part, room))
     rest = total - counts.total(parts)
     more = counts.filled(rest, room - parts, order=counts.largest_first(sizes))
-    return counts.normal(parts.high + more.high, parts.low + more.low)
+    return counts.plus(parts, more)
 
 
 def means(

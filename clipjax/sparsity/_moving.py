@@ -194,14 +194,13 @@ class Redistributing:
         shares = jnp.where(jnp.sum(means) > 0, means / jnp.sum(means), parts)
         room = counts.of(sizes) - stay
         added = drop_grow.redistributed(all_dropped, shares, room, sizes)
-        kept = counts.normal(stay.high + added.high, stay.low + added.low)
         groups = tuple(range(len(sizes)))
         new = drop_grow.moved(
             list(old.values()),
             params,
             grown,
             stay=stay,
-            budget=Budget(kept, groups, (0,) * len(sizes)),
+            budget=Budget(counts.plus(stay, added), groups, (0,) * len(sizes)),
             axis_name=axis_name,
         )
         return dict(zip(old, new, strict=True))
