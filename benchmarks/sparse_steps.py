@@ -132,7 +132,7 @@ def by_gradient(param, grad, mask, key):
 def methods():
     """Returns every method around or behind Adam, the bound asked, and its peer."""
     adam, key = optax.adam(1e-3), jax.random.key(0)
-    zeros = clipjax.masks.Zeros()
+    zeros, booleans = clipjax.masks.Zeros(), clipjax.masks.Booleans()
     moves = {"every": EVERY, "key": key}
     projected = peer(adam, magnitude)
     return {
@@ -146,9 +146,23 @@ def methods():
             1.03,
             projected,
         ),
+        "`sparsify`, Booleans": (
+            optax.chain(
+                adam, clipjax.sparsify(SPARSITY, every=EVERY, storage=booleans)
+            ),
+            1.03,
+            projected,
+        ),
         "`sparse`": (clipjax.sparse(adam, SPARSITY, every=EVERY), 1.03, projected),
         "`sparse`, elementwise": (
             clipjax.sparse(adam, SPARSITY, every=EVERY, elementwise=True),
+            1.03,
+            projected,
+        ),
+        "`sparse`, elementwise, Booleans": (
+            clipjax.sparse(
+                adam, SPARSITY, every=EVERY, storage=booleans, elementwise=True
+            ),
             1.03,
             projected,
         ),
