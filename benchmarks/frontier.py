@@ -87,7 +87,7 @@ class Recipe(NamedTuple):
 
 
 CONVOLUTIONS = Recipe(balance=0.0, epochs=24)  # magnitudes as they are
-# With a few hundred entries a layer left, a rate of 2e-3 hardly moves them.
+# At a rate of 2e-3 0.82 % of the validation images are wrong (one seed), not 0.72.
 FEWEST = Recipe(by_fisher, rate=1e-2, epochs=28, hold=0.27, start=0.03)
 
 

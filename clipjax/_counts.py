@@ -119,15 +119,15 @@ def filled(
         order: which to fill first, which then; by default as they stand.
         groups: the group of each, if there are several; not together with `order`.
     """
-    if groups and len(set(groups)) == len(groups):
-        return clip(amount, of(0), room)
-    sorted_groups = np.sort(groups)
-    if groups and tuple(sorted_groups) != tuple(groups):
+    if groups:
+        if len(set(groups)) == len(groups):
+            return clip(amount, of(0), room)
         order = np.argsort(groups, kind="stable")
     queue = room if order is None else room.at(order)
     before = normal(*(jnp.cumsum(word, dtype=jnp.int32) - word for word in queue))
-    if groups:  # but those before the first of the own group
-        before = before - before.at(np.searchsorted(sorted_groups, sorted_groups))
+    if groups:  # but for those before the first of the own group
+        own = np.sort(groups)
+        before = before - before.at(np.searchsorted(own, own))
     if order is not None:
         sort = np.argsort if isinstance(order, np.ndarray) else jnp.argsort
         before = before.at(sort(order))

@@ -61,8 +61,8 @@ def _in_rows(x: Array) -> tuple[Array, tuple[int, ...]]:
         if length >= _LEAST and size >= _ROWS * length:
             return x, tuple(range(first, len(shape)))
     # On a mesh a row would lie on several devices.
-    if size > _LEAST and meshes.is_local(x):
-        for length in range(min(_MOST, size - 1), _LEAST - 1, -1):
+    if meshes.is_local(x):
+        for length in range(_MOST, _LEAST - 1, -1):
             if size % length == 0:
                 return x.reshape(-1, length), (1,)
     return x, tuple(range(len(shape)))

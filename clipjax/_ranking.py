@@ -146,28 +146,14 @@ def first_places(
     ranked: Ranked, keys: Int[Array, " arrays"]
 ) -> tuple[Int[Array, " arrays"], Count]:
     """Returns where each array first holds a key, and how often it does."""
-    by_axes: dict[tuple[str, ...], list] = {}
+    first, often = [], []
     for i, (make, size) in enumerate(zip(ranked.keys, ranked.entries, strict=True)):
         key = make(keys)
         place = places(key, ranked.axis_name)
-        axes = meshes.axes_of(key, ranked.axis_name)
-        least_and_number = _first_and_count(key == keys[i], place, size)
-        by_axes.setdefault(axes, []).append((i, *least_and_number))
-    order, parts = [], []
-    for axes, found in by_axes.items():  # two collectives for all arrays
-        index, *values = zip(*found, strict=True)
-        least, number = map(jnp.stack, values)
-        high, low = counts.of(number)
-        if axes:
-            least = lax.pmin(least, axes)
-            high, low = counts.normal(*lax.psum((high, low), axes))
-        order += index
-        parts.append((least, high, low))
-    first, high, low = map(jnp.concatenate, zip(*parts, strict=True))
-    back = np.argsort(order)
-    if len(parts) > 1:
-        first, high, low = first[back], high[back], low[back]
-    return first, Count(high, low)
+        least, number = _first_and_count(key == keys[i], place, size)
+        first.append(meshes.over(lax.pmin, least, key, ranked.axis_name))
+        often.append(meshes.over(lax.psum, number, key, ranked.axis_name))
+    return jnp.stack(first), counts.of(jnp.stack(often))
 
 
 def _first_and_count(

@@ -49,6 +49,12 @@ def normal(shapes, *, seed=0, dtype="float32"):
     )
 
 
+def integers(count):
+    """Python integers from the two words of each of many counts."""
+    high, low = (np.asarray(word, np.int64) for word in count)
+    return (high * 2**16 + low).tolist()
+
+
 def spec(tree):
     """What has to stay the same for a compiled step to be used again."""
     kinds = [jax.typeof(leaf) for leaf in jax.tree.leaves(tree)]

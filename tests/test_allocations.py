@@ -10,6 +10,7 @@ import pytest
 from clipjax import _counts as counts, allocations, patterns
 from clipjax.allocations._budget import exactly
 from clipjax.scores import Magnitude
+from helpers import integers
 
 LENET = ((784, 300), (300, 100), (100, 10))
 CONVS = ((3, 3, 3, 16), (3, 3, 16, 16), (3, 3, 16, 32), (1, 1, 16, 32), (32, 10))
@@ -33,12 +34,6 @@ def sizes(shapes):
     return [int(np.prod(shape, dtype=np.int64)) for shape in shapes]
 
 
-def numbers(count):
-    """Python integers from the two words of each count."""
-    pairs = zip(np.asarray(count.high), np.asarray(count.low), strict=True)
-    return [int(high) * 2**16 + int(low) for high, low in pairs]
-
-
 def rest(sparsity, size):
     """n - ⌈s·n⌉ in integers."""
     return size - -(-round(sparsity * 10**7) * size // 10**7)
@@ -58,7 +53,7 @@ def test_a_sum_is_reached_from_the_largest_array_on():
             expected[i] = np.clip(moved, floors[i], room[i])
         words = (counts.of(x.tolist()) for x in (kept, floors))
         actual = exactly(counts.of(wanted), next(words), room.tolist(), next(words))
-        assert numbers(actual) == expected.tolist()
+        assert integers(actual) == expected.tolist()
 
 
 @each_network
@@ -66,7 +61,7 @@ def test_a_sum_is_reached_from_the_largest_array_on():
 def test_uniform_keeps_its_share_of_every_array(shapes, sparsity):
     budget = allocations.uniform(shapes, sparsity)
     expected = [max(rest(sparsity, n), min(1, n)) for n in sizes(shapes)]
-    assert numbers(budget.kept) == expected
+    assert integers(budget.kept) == expected
     assert budget.groups == tuple(range(len(shapes)))
 
 
@@ -75,7 +70,7 @@ def test_uniform_keeps_its_share_of_every_array(shapes, sparsity):
 def test_global_keeps_its_share_of_all_arrays_together(shapes, sparsity):
     budget = allocations.global_(shapes, sparsity)
     least = sum(min(1, n) for n in sizes(shapes))
-    assert numbers(budget.kept) == [max(rest(sparsity, sum(sizes(shapes))), least)]
+    assert integers(budget.kept) == [max(rest(sparsity, sum(sizes(shapes))), least)]
     assert budget.groups == (0,) * len(shapes)
     assert budget.floors == tuple(min(1, n) for n in sizes(shapes))
 
@@ -112,7 +107,7 @@ def erdos_renyi(shapes, wanted, axes):
 def test_erdos_renyi_is_that_of_the_paper(shapes, sparsity, allocation, axes):
     total = sum(sizes(shapes))
     budget = allocation(shapes, sparsity)
-    actual = np.array(numbers(budget.kept))
+    actual = np.array(integers(budget.kept))
     wanted = rest(sparsity, total)
     assert sum(actual) == max(wanted, len(shapes))
     expected = np.maximum(erdos_renyi(shapes, wanted, axes), 1)
@@ -128,7 +123,7 @@ def test_erdos_renyi_is_that_of_the_paper(shapes, sparsity, allocation, axes):
 @each_sparsity
 def test_numbers_are_possible_and_no_array_dies(allocation, shapes, sparsity):
     budget = allocation(shapes, sparsity)
-    kept = numbers(budget.kept)
+    kept = integers(budget.kept)
     if allocation is allocations.global_:
         assert min(1, min(sizes(shapes))) <= kept[0] <= sum(sizes(shapes))
     else:
@@ -139,7 +134,7 @@ def test_numbers_are_possible_and_no_array_dies(allocation, shapes, sparsity):
 @each_allocation
 def test_sparsity_0_keeps_all_and_1_only_floors(allocation):
     shapes = ((4, 5), (3, 3), (0, 7))
-    sums = [sum(numbers(allocation(shapes, s, floor=2).kept)) for s in (0.0, 1.0)]
+    sums = [sum(integers(allocation(shapes, s, floor=2).kept)) for s in (0.0, 1.0)]
     assert sums == [29, 4]
 
 
@@ -148,7 +143,7 @@ def test_sparsity_0_keeps_all_and_1_only_floors(allocation):
 def test_floors_hold(allocation, floor):
     shapes = ((3, 3), (40, 50))
     budget = allocation(shapes, 0.999, floor=floor)
-    kept, own = numbers(budget.kept), [min(floor, 9), min(floor, 2000)]
+    kept, own = integers(budget.kept), [min(floor, 9), min(floor, 2000)]
     if allocation is allocations.global_:
         assert budget.floors == tuple(own)
         assert kept[0] >= sum(own)
@@ -162,14 +157,14 @@ def test_floors_hold(allocation, floor):
 def test_a_traced_sparsity_gives_the_same_numbers(allocation, shapes):
     share = jax.jit(lambda sparsity: allocation(shapes, sparsity).kept)
     for sparsity in SPARSITIES:
-        expected = numbers(allocation(shapes, sparsity).kept)
-        assert numbers(share(jnp.float32(sparsity))) == expected
+        expected = integers(allocation(shapes, sparsity).kept)
+        assert integers(share(jnp.float32(sparsity))) == expected
 
 
 @each_allocation
 def test_numbers_fall_with_the_sparsity(allocation):
     grid = np.linspace(0, 1, 41)
-    totals = [sum(numbers(allocation(LENET, float(s)).kept)) for s in grid]
+    totals = [sum(integers(allocation(LENET, float(s)).kept)) for s in grid]
     assert sorted(totals, reverse=True) == totals
     assert len(set(totals)) == len(totals)
 
@@ -200,8 +195,8 @@ def test_each_path_has_its_own_sparsity():
     allocation = allocations.at_paths(mine, ["stem", "body", "head"])
     shapes = ((10, 10), (20, 10), (10, 4))
     share = jax.jit(lambda s: allocation(shapes, s).kept)
-    assert numbers(share(jnp.float32(0.8))) == [100, 40, 24]
-    assert numbers(share(jnp.float32(1.0))) == [100, 3, 20]
+    assert integers(share(jnp.float32(0.8))) == [100, 40, 24]
+    assert integers(share(jnp.float32(1.0))) == [100, 3, 20]
     with pytest.raises(ValueError, match=r"^by_path goes by path, but knows none"):
         mine(shapes, 0.5)
     wrong = allocations.at_paths(allocations.by_path(lambda path, s: 1.5), ["a"])
@@ -215,7 +210,7 @@ def test_the_others_make_up_for_what_stays_dense(allocation, sparsity):
     names = ["stem", *(f"body{i}" for i in range(3)), "head"]
     mine = allocations.excluding(lambda path, _: path in ("stem", "head"), allocation)
     budget = allocations.at_paths(mine, names)(CONVS, sparsity)
-    kept = dict(zip(range(max(budget.groups) + 1), numbers(budget.kept), strict=True))
+    kept = dict(zip(range(max(budget.groups) + 1), integers(budget.kept), strict=True))
     dense = [sizes(CONVS)[0], sizes(CONVS)[-1]]
     assert [kept[budget.groups[0]], kept[budget.groups[-1]]] == dense
     wanted = rest(sparsity, sum(sizes(CONVS)))
@@ -298,9 +293,9 @@ def test_lamp_takes_magnitudes_and_floors_and_needs_scores():
     shapes = [x.shape for x in scores]
     _, one = allocations.allot(LAMP, scores, shapes, 0.9)
     _, other = allocations.allot(LAMP, signed, shapes, 0.9)
-    assert numbers(one.kept) == numbers(other.kept) == lamp(scores, 80)
+    assert integers(one.kept) == integers(other.kept) == lamp(scores, 80)
     _, floored = allocations.allot(allocations.lamp(floor=60), scores, shapes, 0.9)
-    assert numbers(floored.kept) == [60, 60]
+    assert integers(floored.kept) == [60, 60]
     with pytest.raises(TypeError, match=r"^lamp needs scores"):
         LAMP(shapes, 0.9)
 

@@ -7,7 +7,7 @@ import pytest
 from jax import P
 
 import clipjax
-from clipjax import _passes as passes, masks, selection
+from clipjax import _passes as passes, masks
 from helpers import assert_same, normal
 
 SHAPES = [
@@ -89,12 +89,15 @@ def test_blocks_of_an_array_are_reduced_apart(shape):
 def test_a_mesh_of_one_device_is_as_no_mesh(kind, shape, spec):
     axis_types = (getattr(jax.sharding.AxisType, kind),) * 2
     mesh = jax.make_mesh((1, 1), ("d", "m"), axis_types=axis_types)
-    plain = normal(shape)
+    plain = {"kernel": normal(shape)}
     there = jax.device_put(plain, jax.NamedSharding(mesh, spec))
-    half = plain.size // 2
-    marked = [selection.largest(x, half) for x in (plain, there)]
-    assert_same(*marked, rtol=0)
-    assert [masks.count(mask) for mask in marked] == [half, half]
+    tx = clipjax.sparsify(0.5)
+    init, update = jax.jit(tx.init), jax.jit(tx.update)
+    results = [
+        update(params, init(params), params)[0]["kernel"] for params in (plain, there)
+    ]
+    assert_same(*results, rtol=0)
+    assert masks.count(masks.nonzero(there["kernel"])) == np.prod(shape)
 
 
 def test_states_move_between_a_mesh_and_its_blocks():
