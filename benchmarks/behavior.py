@@ -11,30 +11,30 @@ import numpy as np
 import optax
 
 import clipjax
-from clipjax import thresholds
+from clipjax import contrib, thresholds
 
 WARM = 300  # steps before anything happens
 SEEDS = 5
 METHODS = {
     "adaptive_clip()": clipjax.adaptive_clip(),
     "clip_by_global_norm(1)": clipjax.clip_by_global_norm(1.0),
-    "autoclip(window=1000)": clipjax.autoclip(window=1000),
-    "autoclip(0.9, window=100)": clipjax.autoclip(0.9, window=100),
-    "clip_by_percentile()": clipjax.clip_by_percentile(),
-    "quantile_clip()": clipjax.quantile_clip(),
-    "quantile_clip(0.9)": clipjax.quantile_clip(0.9),
-    "zclip()": clipjax.zclip(max_norm=np.inf),
-    "zclip(target=at_mean)": clipjax.zclip(target=thresholds.at_mean, max_norm=np.inf),
-    "zclip(target=at_limit)": clipjax.zclip(
+    "autoclip(window=1000)": contrib.autoclip(window=1000),
+    "autoclip(0.9, window=100)": contrib.autoclip(0.9, window=100),
+    "clip_by_percentile()": contrib.clip_by_percentile(),
+    "quantile_clip()": contrib.quantile_clip(),
+    "quantile_clip(0.9)": contrib.quantile_clip(0.9),
+    "zclip()": contrib.zclip(max_norm=np.inf),
+    "zclip(target=at_mean)": contrib.zclip(target=thresholds.at_mean, max_norm=np.inf),
+    "zclip(target=at_limit)": contrib.zclip(
         target=thresholds.at_limit, max_norm=np.inf
     ),
-    "zclip(skip=True)": clipjax.zclip(skip=True, max_norm=np.inf),
-    "adagc()": clipjax.adagc(max_norm=np.inf),
-    "aggc(...)": clipjax.aggc(lambda path, leaf: path),
-    "clip_by_moving_sigma()": clipjax.clip_by_moving_sigma(),
-    "spam_clip()": clipjax.spam_clip(),
-    "stable_spam_clip()": clipjax.stable_spam_clip(),
-    "gradient_stabilizer()": clipjax.gradient_stabilizer(),
+    "zclip(skip=True)": contrib.zclip(skip=True, max_norm=np.inf),
+    "adagc()": contrib.adagc(max_norm=np.inf),
+    "aggc(...)": contrib.aggc(lambda path, leaf: path),
+    "clip_by_moving_sigma()": contrib.clip_by_moving_sigma(),
+    "spam_clip()": contrib.spam_clip(),
+    "stable_spam_clip()": contrib.stable_spam_clip(),
+    "gradient_stabilizer()": contrib.gradient_stabilizer(),
 }
 COLUMNS = {  # what is asked of `adaptive_clip`
     "ordinary steps touched": "≤ 5 %",

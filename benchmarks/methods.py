@@ -28,14 +28,8 @@ import jax.numpy as jnp
 import optax
 
 import clipjax
-from clipjax import (
-    allocations,
-    gates,
-    patterns,
-    prox,
-    reparametrizations as forms,
-    scores,
-)
+from clipjax import allocations, contrib, latents as forms, patterns, prox, scores
+from clipjax.contrib import gates
 from clipjax.examples import data, linen_nets
 
 from . import training
@@ -68,7 +62,7 @@ def gradual() -> dict[str, Method]:
         "AC/DC": lambda inner, sparsity, steps: optax.chain(
             inner,
             clipjax.sparsify(
-                clipjax.cyclic_schedule(sparsity, steps),
+                contrib.cyclic_schedule(sparsity, steps),
                 allocation=allocations.global_,
                 every=5,
             ),
@@ -93,13 +87,13 @@ def others() -> dict[str, Method]:
         "static random": lambda inner, sparsity, steps: clipjax.static_sparse(
             inner, sparsity, key=_key()
         ),
-        "SET": lambda inner, sparsity, steps: clipjax.sparse_evolutionary(
+        "SET": lambda inner, sparsity, steps: contrib.sparse_evolutionary(
             inner, sparsity, key=_key(), every=EVERY
         ),
         "RigL": lambda inner, sparsity, steps: clipjax.rigl(
             inner, sparsity, key=_key(), total_steps=steps, every=EVERY
         ),
-        "SNFS": lambda inner, sparsity, steps: clipjax.sparse_momentum(
+        "SNFS": lambda inner, sparsity, steps: contrib.sparse_momentum(
             inner, sparsity, key=_key(), total_steps=steps, every=EVERY
         ),
         "rewinding": _rewinding,
@@ -138,7 +132,7 @@ def swept() -> dict[str, tuple[Callable, tuple[float, ...]]]:
 
 def _averaged(optimizer, rate, strength):
     del optimizer, rate  # it is one itself
-    return clipjax.regularized_dual_averaging(RDA_RATE, strength)
+    return contrib.regularized_dual_averaging(RDA_RATE, strength)
 
 
 def _gated(optimizer, rate, strength):
@@ -185,12 +179,12 @@ ROUNDS = {"rewinding": 4}  # of training, where there is more than one
 
 def _kept(inner, sparsity, steps):
     del sparsity, steps  # it is pruned when the training starts
-    return optax.chain(inner, clipjax.keep_zeros())
+    return optax.chain(inner, clipjax.constraints.keep_zeros())
 
 
 def _rewinding(inner, sparsity, steps):
     rounds = ROUNDS["rewinding"] - 1
-    return clipjax.rewinding(
+    return contrib.rewinding(
         inner,
         every=steps // (rounds + 1),
         rounds=rounds,

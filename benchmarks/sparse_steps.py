@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 import clipjax
+from clipjax import contrib
 
 from . import steps, timing
 
@@ -177,7 +178,7 @@ def methods():
             peer(adam, unchanged, dense_start=False, moves=True),
         ),
         "`sparse_evolutionary`": (
-            clipjax.sparse_evolutionary(adam, SPARSITY, **moves),
+            contrib.sparse_evolutionary(adam, SPARSITY, **moves),
             None,
             peer(adam, evolving, dense_start=False, moves=True),
         ),

@@ -10,8 +10,25 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int, Num, UInt8
 
-from . import _counts as counts, _meshes as meshes, _trees as trees
-from ._types import AxisName
+from ._core import sharding, trees
+from ._core.types import AxisName
+from .selection import _counts as counts
+
+__all__ = [
+    "BITS",
+    "Bits",
+    "Booleans",
+    "Storage",
+    "Zeros",
+    "apply",
+    "count",
+    "full",
+    "nonzero",
+    "pack",
+    "unpack",
+    "weights",
+]
+
 
 _DENSE_NAMES = ("bias", "scale", "embedding", "embeddings")
 BITS = 8  # in a byte
@@ -80,7 +97,7 @@ def count(mask: Bool[Array, "..."], *, axis_name: AxisName = None) -> Int[Array,
         Array(2, dtype=int32)
     """
     kept = counts.passing([mask])[0].astype(jnp.int32)
-    return meshes.over(lax.psum, kept, mask, axis_name)
+    return sharding.over(lax.psum, kept, mask, axis_name)
 
 
 def pack(mask: Bool[Array, "*rest n"]) -> UInt8[Array, "*rest bytes"]:
@@ -134,3 +151,7 @@ class Zeros:
 
 Storage = Bits | Booleans | Zeros
 """How a mask is kept between two steps."""
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -16,8 +16,22 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Inexact, PyTree
 
-from . import _meshes as meshes, _trees as trees, scopes
-from ._types import Axes, AxisName
+from ._core import sharding, trees
+from ._core.types import Axes, AxisName
+
+__all__ = [
+    "Norm",
+    "global_norm",
+    "inf_norm",
+    "leaf_norms",
+    "rms",
+    "spectral_norm",
+    "unit_inf_norm",
+    "unit_norm",
+    "unit_norms",
+    "unit_rms",
+]
+
 
 Norm = Callable[..., Float[Array, ""]]
 """A norm of a whole tree: `global_norm`, `rms` or `inf_norm`."""
@@ -73,7 +87,7 @@ def rms(tree: PyTree, *, axis_name: AxisName = None) -> Float[Array, ""]:
         Array(5., dtype=float32)
     """
     leaves = _leaves(tree)
-    entries = sum(x.size * meshes.blocks(x, axis_name) for x in leaves)
+    entries = sum(x.size * sharding.blocks(x, axis_name) for x in leaves)
     mean = _sum_of_squares(leaves, axis_name) / float(max(entries, 1))
     return _root(mean)
 
@@ -151,7 +165,7 @@ def unit_norm(
         Array([[5., 1.]], dtype=float32)
     """
     squares = jnp.sum(_square(trees.wide(x)), axis=axis, keepdims=True)
-    return _root(meshes.over(lax.psum, squares, x, axis_name))
+    return _root(sharding.over(lax.psum, squares, x, axis_name))
 
 
 def unit_rms(
@@ -164,8 +178,10 @@ def unit_rms(
         Array([[5., 2.]], dtype=float32)
     """
     squares = jnp.sum(_square(trees.wide(x)), axis=axis, keepdims=True)
-    entries = x.size // max(squares.size, 1) * meshes.blocks(x, axis_name)
-    return _root(meshes.over(lax.psum, squares, x, axis_name) / float(max(entries, 1)))
+    entries = x.size // max(squares.size, 1) * sharding.blocks(x, axis_name)
+    return _root(
+        sharding.over(lax.psum, squares, x, axis_name) / float(max(entries, 1))
+    )
 
 
 def unit_inf_norm(
@@ -211,7 +227,7 @@ def spectral_norm(
     axes = tuple(a % x.ndim for a in ((axes,) if isinstance(axes, int) else axes))
     if spec is None and len(axes) > 1:
         _refuse_blocks(x)
-    split = functools.partial(scopes.split_axes, spec or PartitionSpec())
+    split = functools.partial(sharding.split_axes, spec or PartitionSpec())
     if len(axes) < 2 or not x.size:
         return unit_norm(x, axes, axis_name=split(axes))
     rows, columns = tuple(sorted(axes)[:-1]), (max(axes),)
@@ -222,11 +238,11 @@ def spectral_norm(
 
     def times(vector):
         image = jnp.sum(matrix * vector, axis=columns, keepdims=True)
-        return meshes.over(lax.psum, image, image, over_columns)
+        return sharding.over(lax.psum, image, image, over_columns)
 
     def step(_, vector):
         back = jnp.sum(jnp.conj(matrix) * times(vector), axis=rows, keepdims=True)
-        back = meshes.over(lax.psum, back, back, over_rows)
+        back = sharding.over(lax.psum, back, back, over_rows)
         size = unit_norm(back, columns, axis_name=over_columns)
         return back / jnp.where(size > 0, size, 1).astype(back.dtype)
 
@@ -317,7 +333,7 @@ def _sum_of_squares(leaves: list[Array], axis_name: AxisName) -> Float[Array, ""
         return jnp.zeros([], jnp.float32)
     groups: dict[tuple[str, ...], list[Array]] = {}
     for x in leaves:
-        axes = meshes.axes_of(x, axis_name)
+        axes = sharding.axes_of(x, axis_name)
         groups.setdefault(axes, []).append(jnp.sum(_square(x)))
     dtype = _widest(x for sums in groups.values() for x in sums)
     totals = []
@@ -348,7 +364,7 @@ def _greatest(
     peak: Float[Array, "..."], x: Array, axis_name: AxisName
 ) -> Float[Array, "..."]:
     """Returns the greatest over the devices, NaN where one is: `pmax` may lose it."""
-    axes = meshes.axes_of(x, axis_name)
+    axes = sharding.axes_of(x, axis_name)
     if not axes:
         return peak
     unknown = jnp.isnan(peak)
@@ -359,7 +375,7 @@ def _greatest(
 
 def _refuse_blocks(x: Array) -> None:
     """Raises where `jax.shard_map` may have split a matrix and no one said how."""
-    if over := meshes.axes_of(x, meshes.manual_axes(x)):
+    if over := sharding.axes_of(x, sharding.manual_axes(x)):
         raise ValueError(
             f"A matrix of shape {x.shape} may be split over the mesh axes {over}, and a"
             " block has other singular values. Give `spec`, `PartitionSpec()` if each"
@@ -372,3 +388,7 @@ def _root(square: Float[Array, "..."]) -> Float[Array, "..."]:
     zero = square == 0
     positive = jnp.where(zero, jnp.ones_like(square), square)
     return jnp.where(zero, jnp.zeros_like(square), jnp.sqrt(positive))
+
+
+def __dir__() -> list[str]:
+    return __all__

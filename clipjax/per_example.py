@@ -12,8 +12,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Inexact, Int, PyTree
 
-from . import _checks as check, _meshes as meshes, _trees as trees, norms
-from ._types import AxisName, Number
+from . import norms
+from ._core import checks as check, sharding, trees
+from ._core.types import AxisName, Number
+
+__all__ = [
+    "ClippedGrads",
+    "clipped_value_and_grad",
+]
+
 
 _MARGIN = 2.0**-20  # of the bound; float32 norms and products are off by some 2⁻²³
 
@@ -123,7 +130,7 @@ def clipped_value_and_grad(
             return sums, (trees.wide(values), aux, sizes)
 
         like = tuple(params[i] for i in fixed)
-        start = jax.tree.map(lambda x: meshes.zeros(trees.wide, x), like)
+        start = jax.tree.map(lambda x: sharding.zeros(trees.wide, x), like)
         sums, others = _in_parts(total, start, batch, size, microbatch or size)
         values, aux, sizes = others
         finite = jnp.isfinite(sizes)
@@ -133,7 +140,7 @@ def clipped_value_and_grad(
         )
         if key is not None and is_noisy:
             sums = _noisy(sums, key, noise_multiplier, bound)
-        examples = float(size * meshes.size(axis_name))
+        examples = float(size * sharding.size(axis_name))
         grads = jax.tree.map(lambda s, x: _mean(s, examples, x), sums, like)
         grads = grads[0] if isinstance(argnums, int) else grads
         return ClippedGrads(value / examples, grads, aux, sizes, clipped, nonfinite)
@@ -252,10 +259,11 @@ def _as_varied(params: PyTree, batch: PyTree) -> PyTree:
     is the sum over them: no longer that of one example.
     """
     leaves = jax.tree.leaves(batch)
-    axes = {name for x in leaves for name in meshes.axes_of(x, meshes.manual_axes(x))}
+    manual = [sharding.axes_of(x, sharding.manual_axes(x)) for x in leaves]
+    axes = {name for names in manual for name in names}
 
     def vary(x):
-        known = meshes.axes_of(x, tuple(axes))
+        known = sharding.axes_of(x, tuple(axes))
         missing = tuple(sorted(axes - set(known)))
         if not missing:
             return x
@@ -308,3 +316,7 @@ def _numbers(**values: Any) -> None:
                 " the schedule yourself, inside the compiled step."
             )
     check.not_negative(**values)
+
+
+def __dir__() -> list[str]:
+    return __all__

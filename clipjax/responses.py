@@ -12,8 +12,28 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from . import _checks as check, _trees as trees
-from ._types import Number
+from ._core import checks as check, trees
+from ._core.types import Number
+
+__all__ = [
+    "Band",
+    "Entrywise",
+    "Policy",
+    "Response",
+    "clamp",
+    "clamped",
+    "floor",
+    "lower_peaks",
+    "lowered",
+    "normalize",
+    "propagate",
+    "scale",
+    "skip",
+    "smooth",
+    "zero",
+    "zero_scope",
+]
+
 
 Response = Callable[[Float[Array, "..."], Float[Array, "..."]], Float[Array, "..."]]
 """From norm and threshold to a factor."""
@@ -277,3 +297,7 @@ def _sane(
     bound = jnp.maximum(bound, 0)  # a schedule may have gone below
     known = jnp.isfinite(norm)
     return known, jnp.where(known, norm, 0), bound
+
+
+def __dir__() -> list[str]:
+    return __all__

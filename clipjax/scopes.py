@@ -14,8 +14,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from . import _checks as check
-from ._types import Axes, AxisName
+from ._core import checks as check
+from ._core.types import Axes
+
+__all__ = [
+    "AxisRule",
+    "Element",
+    "Group",
+    "Layer",
+    "Leaf",
+    "Part",
+    "Scope",
+    "Shaped",
+    "SpecRule",
+    "Tree",
+    "Unit",
+    "bias_of",
+    "unit_axes",
+]
+
 
 Shaped = Array | jax.ShapeDtypeStruct
 """An array, or its shape alone."""
@@ -248,20 +265,6 @@ class Element:
         return Part(path, (), path)
 
 
-def split_axes(spec: jax.sharding.PartitionSpec, axes: tuple[int, ...]) -> AxisName:
-    """Returns the mesh axes that split these axes of an array laid out by a spec.
-
-    Example:
-        >>> split_axes(jax.sharding.PartitionSpec("data", ("model", "expert")), (1,))
-        ('model', 'expert')
-    """
-    names: list[str] = []
-    for axis in axes:
-        entry = spec[axis] if axis < len(spec) else None
-        names += [entry] if isinstance(entry, str) else list(entry or ())
-    return tuple(names)
-
-
 def _axes_of(
     rule: Axes | Callable[[str, Array], Axes], path: str, leaf: Array
 ) -> tuple[int, ...]:
@@ -283,3 +286,7 @@ def _positive(axes: Axes, path: str, leaf: Array) -> tuple[int, ...]:
 def _one_layer(leaf: Shaped, stacked: tuple[int, ...]) -> jax.ShapeDtypeStruct:
     shape = tuple(n for i, n in enumerate(leaf.shape) if i not in stacked)
     return jax.ShapeDtypeStruct(shape, leaf.dtype)
+
+
+def __dir__() -> list[str]:
+    return __all__

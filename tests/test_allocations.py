@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clipjax import _counts as counts, allocations, patterns
+from clipjax import allocations, patterns
 from clipjax.allocations._budget import exactly
 from clipjax.scores import Magnitude
+from clipjax.selection import _counts as counts
 from helpers import integers
 
 LENET = ((784, 300), (300, 100), (100, 10))

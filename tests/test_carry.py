@@ -12,9 +12,9 @@ from flax import nnx
 from flax.training.train_state import TrainState
 from jax import P
 
-from clipjax.clipping._adaptive import adaptive_clip
-from clipjax.clipping._carry import carry_clipped
-from clipjax.clipping._norm import clip_by_global_norm
+from clipjax._clipping._adaptive import adaptive_clip
+from clipjax._clipping._carry import carry_clipped
+from clipjax._clipping._norm import clip_by_global_norm
 from helpers import assert_same, normal, relaxed, spec, x64
 
 CLIPS = {

@@ -14,9 +14,9 @@ import clipjax
 from clipjax import (
     _checks as check,
     allocations,
+    latents as reparametrizations,
     masks,
     patterns,
-    reparametrizations,
     scores,
 )
 from clipjax.thresholds import WindowedQuantile

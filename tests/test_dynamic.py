@@ -10,9 +10,9 @@ import pytest
 from jax import P
 
 import clipjax
-from clipjax import masks
-from clipjax._counts import of
-from clipjax.sparsity import _drop_grow as drop_grow
+from clipjax import contrib, masks
+from clipjax._sparsity import _drop_grow as drop_grow
+from clipjax.selection._counts import of
 from helpers import assert_same, integers, normal, relaxed
 from test_contract import MOST_BYTES, collectives, devices
 
@@ -21,10 +21,10 @@ SHAPES = {"a": {"kernel": (6, 8)}, "b": {"kernel": (8, 3)}}
 SIZES = {"a/kernel": 48, "b/kernel": 24}
 METHODS = {
     "static": functools.partial(clipjax.static_sparse, key=KEY),
-    "set": functools.partial(clipjax.sparse_evolutionary, key=KEY, every=2),
+    "set": functools.partial(contrib.sparse_evolutionary, key=KEY, every=2),
     "rigl": functools.partial(clipjax.rigl, key=KEY, every=2, total_steps=12),
     "snfs": functools.partial(
-        clipjax.sparse_momentum, key=KEY, every=2, total_steps=12
+        contrib.sparse_momentum, key=KEY, every=2, total_steps=12
     ),
 }
 STEPS = 10
@@ -278,7 +278,7 @@ def test_what_a_wrapper_discards_is_made_up_for():
 
 def test_the_sparsity_may_follow_a_schedule():
     ramp = lambda step: 0.5 + 0.05 * step.astype(jnp.float32)  # noqa: E731
-    tx = clipjax.sparse_evolutionary(optax.sgd(0.1), ramp, key=KEY, every=2)
+    tx = contrib.sparse_evolutionary(optax.sgd(0.1), ramp, key=KEY, every=2)
     grads = [{"kernel": normal((6, 8), seed=1 + i)} for i in range(5)]
     history = train(tx, {"kernel": normal((6, 8))}, grads)
     numbers = [int(mask["kernel"].sum()) for _, mask, _ in history[1:]]

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import clipjax
-from clipjax import prox, scopes
+from clipjax import contrib, prox, scopes
 from clipjax.examples import data
 from helpers import normal, relaxed
 
@@ -66,7 +66,7 @@ def trained(digits):
 def test_constant_pixels_are_not_chosen_and_the_digits_are_still_read(trained, digits):
     (images, held_out), (_, labels) = digits
     params, state = trained
-    mask = np.asarray(clipjax.selected_features(params, PATH))
+    mask = np.asarray(contrib.selected_features(params, PATH))
     constant = images.std(0) == 0
     assert constant.sum() >= 3
     assert not mask[constant].any()
@@ -81,7 +81,7 @@ def test_constant_pixels_are_not_chosen_and_the_digits_are_still_read(trained, d
 def test_without_the_other_features_the_network_computes_the_same(trained, digits):
     (_, held_out), _ = digits
     params, _ = trained
-    mask = np.asarray(clipjax.selected_features(params, PATH))
+    mask = np.asarray(contrib.selected_features(params, PATH))
     first = params["Dense_0"]
     small = params | {"Dense_0": first | {"kernel": first["kernel"][mask]}}
     with relaxed():
@@ -94,9 +94,9 @@ def test_features_lie_along_any_axis():
     kernel[1, 2, 3, 0] = -1
     kernel[0, 0, 1, 5] = np.nan  # not zero
     params = {"conv": {"kernel": jnp.asarray(kernel)}}
-    mask = clipjax.selected_features(params, "conv/kernel", axis=-2)
+    mask = contrib.selected_features(params, "conv/kernel", axis=-2)
     np.testing.assert_array_equal(mask, [False, True, False, True])
     with pytest.raises(ValueError, match=r"but is 'cnv'. There: 'conv/kernel'"):
-        clipjax.selected_features(params, "cnv")
+        contrib.selected_features(params, "cnv")
     with pytest.raises(ValueError, match=r"one of the 4 axes .* but is 4"):
-        clipjax.selected_features(params, "conv/kernel", axis=4)
+        contrib.selected_features(params, "conv/kernel", axis=4)

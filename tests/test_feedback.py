@@ -10,8 +10,7 @@ import pytest
 from jax import P
 from jax.sharding import AxisType
 
-import clipjax
-from clipjax import allocations, compressors
+from clipjax import allocations, compression as compressors, contrib
 from helpers import assert_same, normal, x64
 
 SHAPES = {"a": (9, 11), "b": (40,)}
@@ -134,7 +133,7 @@ RULES = {
 @pytest.mark.parametrize(("rule", "decay"), [("top_k", 0.5), ("sign", 1.0)])
 def test_what_is_left_out_comes_with_the_next(rule, decay):
     compress, plain = RULES[rule]
-    tx = clipjax.error_feedback(compress, decay=decay)
+    tx = compressors.error_feedback(compress, decay=decay)
     grads = [normal(SHAPES, seed=seed) for seed in range(6)]
     state, update = tx.init(grads[0]), jax.jit(tx.update)
     results = []
@@ -154,7 +153,7 @@ def test_what_is_left_out_comes_with_the_next(rule, decay):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_nothing_is_lost_in_narrow_dtypes(dtype):
     """Not what rounding takes off, nor what a dtype is too small for."""
-    tx = clipjax.error_feedback(compressors.top_k(0.9))
+    tx = compressors.error_feedback(compressors.top_k(0.9))
     state, update = tx.init(jnp.zeros(40, dtype)), jax.jit(tx.update)
     arrived, gone = np.zeros(40), np.zeros(40)
     for seed in range(8):
@@ -174,8 +173,8 @@ BAD = [np.nan, np.inf, -np.inf]
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: clipjax.error_feedback(compressors.top_k(0.8)),
-        lambda: clipjax.deep_gradient_compression(0.8),
+        lambda: compressors.error_feedback(compressors.top_k(0.8)),
+        lambda: contrib.deep_gradient_compression(0.8),
     ],
     ids=["error_feedback", "deep_gradient_compression"],
 )
@@ -212,7 +211,7 @@ def test_it_reaches_what_the_compressor_alone_misses():
     signs = optax.stateless(lambda u, _: compressors.sign([u])[0])
     without = last(optax.chain(signs, optax.sgd(0.002)))
     np.testing.assert_allclose(without.sum(), 2.5, rtol=1e-3)  # as it was
-    fed = clipjax.error_feedback(compressors.sign)
+    fed = compressors.error_feedback(compressors.sign)
     assert abs(last(optax.chain(fed, optax.sgd(0.002))).sum()) < 0.1
 
 
@@ -234,7 +233,7 @@ def naive_deep(grads, sparsity, momentum, bound=np.inf):
 
 @pytest.mark.parametrize("max_norm", [None, 5.0])
 def test_deep_compression_is_the_papers(max_norm):
-    tx = clipjax.deep_gradient_compression(0.8, momentum=0.7, max_norm=max_norm)
+    tx = contrib.deep_gradient_compression(0.8, momentum=0.7, max_norm=max_norm)
     grads = [normal((40,), seed=seed) for seed in range(8)]
     state, update = tx.init(grads[0]), jax.jit(tx.update)
     results = []
@@ -250,7 +249,7 @@ def test_deep_compression_is_the_papers(max_norm):
 
 def test_deep_compression_takes_an_allocation_by_path():
     half_of_a = allocations.by_path(lambda path, s: 0.5 if path == "a" else s)
-    tx = clipjax.deep_gradient_compression(0.9, allocation=half_of_a)
+    tx = contrib.deep_gradient_compression(0.9, allocation=half_of_a)
     updates = normal(SHAPES)
     sent, _ = jax.jit(tx.update)(updates, tx.init(updates))
     assert (sent["a"] != 0).sum() == kept(99, 0.5)
@@ -259,7 +258,7 @@ def test_deep_compression_takes_an_allocation_by_path():
 
 def test_a_dense_one_is_momentum():
     """Sent whole, v is u, and its momentum starts anew: plain gradients."""
-    tx = clipjax.deep_gradient_compression(0.0)
+    tx = contrib.deep_gradient_compression(0.0)
     grads = normal(SHAPES)
     state, update = tx.init(grads), jax.jit(tx.update)
     for _ in range(2):
@@ -268,7 +267,7 @@ def test_a_dense_one_is_momentum():
 
 
 def test_the_warm_up_goes_in_quarters():
-    tx = clipjax.deep_gradient_compression(stage_steps=2)
+    tx = contrib.deep_gradient_compression(stage_steps=2)
     grads = normal((100, 100))
     state, update = tx.init(grads), jax.jit(tx.update)
     shares = []
@@ -306,9 +305,11 @@ def stacked(seed, workers=8):
 
 
 TRANSFORMS = {
-    "error_feedback": functools.partial(clipjax.error_feedback, compressors.top_k(0.9)),
+    "error_feedback": functools.partial(
+        compressors.error_feedback, compressors.top_k(0.9)
+    ),
     "deep_gradient_compression": functools.partial(
-        clipjax.deep_gradient_compression, 0.9, momentum=0.5
+        contrib.deep_gradient_compression, 0.9, momentum=0.5
     ),
 }
 
@@ -344,7 +345,7 @@ def test_one_bad_device_spoils_no_rest():
 def test_each_device_clips_its_share_by_the_root():
     """‖g/N‖ ≤ c/√N: eight orthogonal gradients of that length have a mean of c."""
     options = {"momentum": 0.0, "max_norm": 1.0, "mean_over": "workers"}
-    tx = clipjax.deep_gradient_compression(0.0, **options)
+    tx = contrib.deep_gradient_compression(0.0, **options)
     grads = 50 * jnp.eye(8, dtype=jnp.float32)
     mean, _ = on_devices(tx)(grads, each(8, tx.init(jnp.zeros(8))))
     np.testing.assert_allclose(np.linalg.norm(mean), 1.0, rtol=1e-5)
@@ -353,7 +354,7 @@ def test_each_device_clips_its_share_by_the_root():
 def test_a_training_step_with_gradients_of_each_device():
     """As the documentation says: params made varying, then the mean of what is sent."""
     tx = optax.chain(
-        clipjax.error_feedback(compressors.sign, mean_over="workers"),
+        compressors.error_feedback(compressors.sign, mean_over="workers"),
         optax.sgd(0.05),
     )
     target = jnp.arange(1.0, 5.0)
@@ -396,24 +397,24 @@ def test_the_state_costs_one_or_two_copies():
         )
         return sum(leaf.nbytes for leaf in jax.tree.leaves(tx.init(params))) - 4
 
-    assert stored(clipjax.error_feedback(compressors.sign)) == 4 * entries
-    assert stored(clipjax.deep_gradient_compression()) == 8 * entries
+    assert stored(compressors.error_feedback(compressors.sign)) == 4 * entries
+    assert stored(contrib.deep_gradient_compression()) == 8 * entries
 
 
 def test_arguments_that_cannot_be_right():
     with pytest.raises(ValueError, match="decay must lie between 0 and 1"):
-        clipjax.error_feedback(compressors.sign, decay=1.5)
+        compressors.error_feedback(compressors.sign, decay=1.5)
     with pytest.raises(ValueError, match="sparsity must lie between 0 and 1"):
         compressors.top_k(99)
     with pytest.raises(ValueError, match="momentum must be at least 0 and below 1"):
-        clipjax.deep_gradient_compression(momentum=1.0)
+        contrib.deep_gradient_compression(momentum=1.0)
     with pytest.raises(ValueError, match="max_norm must be positive"):
-        clipjax.deep_gradient_compression(max_norm=0.0)
+        contrib.deep_gradient_compression(max_norm=0.0)
 
 
 def test_float64_is_clipped_in_float64():
     with x64():
-        tx = clipjax.deep_gradient_compression(0.0, momentum=0.0, max_norm=1.0)
+        tx = contrib.deep_gradient_compression(0.0, momentum=0.0, max_norm=1.0)
         grads = jnp.array([3e60, 4e60])
         sent, state = jax.jit(tx.update)(grads, tx.init(grads))
         assert sent.dtype == state.local_sum.dtype == jnp.float64

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import clipjax
-from clipjax import masks
+from clipjax import constraints, masks
 from helpers import assert_same, normal, relaxed
 
 SHAPES = {"layer": {"kernel": (6, 10), "bias": (10,)}}
@@ -113,7 +113,7 @@ def test_a_copy_that_does_not_fit_is_refused():
 def test_fine_tuning_keeps_every_zero(dtype, grad_dtype):
     start = sparse_network(dtype=dtype)
     grads = normal(SHAPES, seed=1, dtype=grad_dtype)
-    tx = optax.chain(optax.adamw(1e-2, mu_dtype="float32"), clipjax.keep_zeros())
+    tx = optax.chain(optax.adamw(1e-2, mu_dtype="float32"), constraints.keep_zeros())
     with relaxed():
         params, state, update = start, tx.init(start), jax.jit(tx.update)
         for _ in range(4):
@@ -128,7 +128,7 @@ def test_fine_tuning_keeps_every_zero(dtype, grad_dtype):
 
 def test_no_update_revives_a_zero():
     params = {"kernel": jnp.array([[0.0, -0.0, 2.0]])}
-    tx = clipjax.keep_zeros()
+    tx = constraints.keep_zeros()
     for bad in (np.nan, np.inf, -np.inf, 5.0):
         updates = {"kernel": jnp.full((1, 3), bad, jnp.bfloat16)}
         kept, _ = tx.update(updates, tx.init(params), params)
@@ -139,7 +139,7 @@ def test_no_update_revives_a_zero():
 def test_it_does_not_widen_what_apply_if_finite_compares():
     params = sparse_network()
     grads = normal(SHAPES, seed=1, dtype="bfloat16")
-    tx = optax.apply_if_finite(clipjax.keep_zeros(), 3)
+    tx = optax.apply_if_finite(constraints.keep_zeros(), 3)
     updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
     kernels = updates["layer"]["kernel"], params["layer"]["kernel"]
     np.testing.assert_array_equal(kernels[0] == 0, kernels[1] == 0)

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from clipjax import gates
+from clipjax.contrib import gates
 from helpers import assert_same, normal, relaxed, x64
 
 LOGITS = np.array([-4.0, -1.5, -0.3, 0.0, 0.8, 2.0, 6.0])

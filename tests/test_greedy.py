@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 from jax import P
 
-from clipjax.clipping._carry import carry_clipped
-from clipjax.clipping._greedy import greedy_clip
-from clipjax.clipping._norm import clip_by_global_norm
+from clipjax._clipping._carry import carry_clipped
+from clipjax._clipping._norm import clip_by_global_norm
+from clipjax.contrib._greedy import greedy_clip
 from helpers import assert_same, normal, relaxed, spec
 
 CANDIDATES = [0.1, 1.0, 4.0, np.inf]

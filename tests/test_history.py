@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import clipjax
-from clipjax import thresholds
+from clipjax import contrib, thresholds
 from helpers import assert_same, normal
 
 SHAPES = {"a": {"kernel": (3, 2)}, "b": {"bias": (3,), "scale": ()}}
@@ -259,58 +259,64 @@ def label(path, leaf):
 
 
 METHODS = {  # ours, and the paper's
-    "autoclip": (lambda: clipjax.autoclip(window=STEPS), lambda: AutoClip(0.1)),
-    "autoclip_90": (lambda: clipjax.autoclip(0.9, window=STEPS), lambda: AutoClip(0.9)),
+    "autoclip": (lambda: contrib.autoclip(window=STEPS), lambda: AutoClip(0.1)),
+    "autoclip_90": (
+        lambda: contrib.autoclip(0.9, window=STEPS),
+        lambda: AutoClip(0.9),
+    ),
     "clip_by_percentile": (
-        lambda: clipjax.clip_by_percentile(0.3, window=40),
+        lambda: contrib.clip_by_percentile(0.3, window=40),
         lambda: Percentile(0.3, 40),
     ),
     "quantile_clip": (
-        lambda: clipjax.quantile_clip(0.6),
+        lambda: contrib.quantile_clip(0.6),
         lambda: Tracker(0.6, 0.2, 1.0),
     ),
-    "zclip": (lambda: clipjax.zclip(), lambda: ZClip("reciprocal")),
+    "zclip": (lambda: contrib.zclip(), lambda: ZClip("reciprocal")),
     "zclip_free": (
-        lambda: clipjax.zclip(max_norm=math.inf),
+        lambda: contrib.zclip(max_norm=math.inf),
         lambda: ZClip("reciprocal", c=math.inf),
     ),
     "zclip_mean": (
-        lambda: clipjax.zclip(target=thresholds.at_mean, max_norm=math.inf),
+        lambda: contrib.zclip(target=thresholds.at_mean, max_norm=math.inf),
         lambda: ZClip("mean", c=math.inf),
     ),
     "zclip_limit": (
-        lambda: clipjax.zclip(target=thresholds.at_limit, max_norm=math.inf),
+        lambda: contrib.zclip(target=thresholds.at_limit, max_norm=math.inf),
         lambda: ZClip("limit", c=math.inf),
     ),
     "zclip_skip": (
-        lambda: clipjax.zclip(skip=True),
+        lambda: contrib.zclip(skip=True),
         lambda: ZClip("reciprocal", skip=True),
     ),
-    "adagc": (lambda: clipjax.adagc(), lambda: AdaGC()),
+    "adagc": (lambda: contrib.adagc(), lambda: AdaGC()),
     "adagc_early": (
-        lambda: clipjax.adagc(1.3, decay=0.9, warmup=10),
+        lambda: contrib.adagc(1.3, decay=0.9, warmup=10),
         lambda: AdaGC(1.3, 0.9, 1.0, 10),
     ),
-    "aggc": (lambda: clipjax.aggc(label), lambda: AGGC()),
+    "aggc": (lambda: contrib.aggc(label), lambda: AGGC()),
     "aggc_raises": (
-        lambda: clipjax.aggc(label, high=1.2, most=1.1),
+        lambda: contrib.aggc(label, high=1.2, most=1.1),
         lambda: AGGC(high=1.2, most=1.1),
     ),
     "clip_by_moving_sigma": (
-        lambda: clipjax.clip_by_moving_sigma(2.0, window=32, warmup=16),
+        lambda: contrib.clip_by_moving_sigma(2.0, window=32, warmup=16),
         lambda: MovingSigma(2.0, 32, 16),
     ),
     "spam_clip": (
-        lambda: clipjax.spam_clip(50.0, decay=0.95),
+        lambda: contrib.spam_clip(50.0, decay=0.95),
         lambda: SPAM(50.0, 0.95, 20),
     ),
     "spam_clip_default": (
-        lambda: clipjax.spam_clip(),
+        lambda: contrib.spam_clip(),
         lambda: SPAM(5000.0, 0.999, 20),
     ),
-    "stable_spam_clip": (lambda: clipjax.stable_spam_clip(), lambda: StableSPAM()),
+    "stable_spam_clip": (
+        lambda: contrib.stable_spam_clip(),
+        lambda: StableSPAM(),
+    ),
     "gradient_stabilizer": (
-        lambda: clipjax.gradient_stabilizer(),
+        lambda: contrib.gradient_stabilizer(),
         lambda: Stabilizer(),
     ),
 }
@@ -380,7 +386,7 @@ def test_spikes_of_single_entries_are_clipped(name):
 def test_adagc_warms_up_with_the_norm_and_not_its_square():
     """One port leaves out the root: an update of norm 4 came out at 1/4."""
     updates = {"w": jnp.array([4.0])}
-    tx = clipjax.adagc()
+    tx = contrib.adagc()
     assert_same(tx.update(updates, tx.init(updates))[0], {"w": jnp.array([1.0])})
     small = {"w": jnp.array([0.5])}
     assert_same(tx.update(small, tx.init(small))[0], small, rtol=0)
@@ -400,7 +406,7 @@ def test_no_entry_is_ever_scaled_up(name):
 def test_the_threshold_of_stable_spam_is_debiased_by_its_own_steps():
     """One implementation counts anew after each reset: 500 times the threshold."""
     steps = 700
-    out = outgoing_norms(clipjax.stable_spam_clip, [*[1.0] * steps, 1e3])
+    out = outgoing_norms(contrib.stable_spam_clip, [*[1.0] * steps, 1e3])
     np.testing.assert_allclose(out[:-1], 1, rtol=1e-4)
     total = 1 - 0.999 ** (steps + 1)
     expected = (0.999 * (1 - 0.999**steps) + 0.001 * 1e3) / total
@@ -425,7 +431,7 @@ def test_autoclip_clips_the_whole_and_not_every_leaf():
 def test_percentile_clipping_does_not_begin_with_zeros():
     """A ring of zeros gives a threshold of zero for 94 steps."""
     sizes = usual(100)
-    out = outgoing_norms(clipjax.clip_by_percentile, sizes)
+    out = outgoing_norms(contrib.clip_by_percentile, sizes)
     assert out[0] == np.float32(sizes[0])
     assert (out > 0.5 * sizes).all()
 
@@ -433,7 +439,7 @@ def test_percentile_clipping_does_not_begin_with_zeros():
 def test_zclip_measures_in_float32_whatever_the_dtype():
     """In bfloat16, a sum of squares stands still."""
     updates = {"w": jnp.ones(10_000, jnp.bfloat16)}
-    tx = clipjax.zclip()
+    tx = contrib.zclip()
     out, state = jax.jit(tx.update)(updates, tx.init(updates))
     assert out["w"].dtype == jnp.bfloat16
     assert state.clip.norm == 100
@@ -444,9 +450,10 @@ def test_zclip_measures_in_float32_whatever_the_dtype():
 
 def test_zclip_never_releases_a_rise_but_at_the_limit_it_does():
     sizes = np.concatenate([usual(100), usual(500, seed=1, level=3.0)])
-    locked = outgoing_norms(lambda: clipjax.zclip(max_norm=math.inf), sizes)
+    locked = outgoing_norms(lambda: contrib.zclip(max_norm=math.inf), sizes)
     free = outgoing_norms(
-        lambda: clipjax.zclip(max_norm=math.inf, target=thresholds.at_limit), sizes
+        lambda: contrib.zclip(max_norm=math.inf, target=thresholds.at_limit),
+        sizes,
     )
     assert locked[-100:].max() < 1.5
     assert (free[-100:] >= 0.9 * sizes[-100:]).mean() > 0.9
@@ -464,20 +471,20 @@ def test_how_spikes_fare():
     def last(make):
         return outgoing_norms(make, spike)[-1]
 
-    assert 0.8 < last(lambda: clipjax.autoclip(window=STEPS)) < 1
-    assert last(clipjax.clip_by_percentile) < 1
-    assert 0.5 < last(clipjax.quantile_clip) < 2
-    assert last(lambda: clipjax.zclip(max_norm=math.inf)) < 1.1
-    assert last(lambda: clipjax.zclip(skip=True)) == 0
-    assert last(lambda: clipjax.adagc(max_norm=10.0)) < 1.2
-    assert last(lambda: clipjax.aggc(label)) == pytest.approx(900)
-    assert 1 < last(clipjax.clip_by_moving_sigma) < 1.6
-    assert last(clipjax.gradient_stabilizer) < 0.955
+    assert 0.8 < last(lambda: contrib.autoclip(window=STEPS)) < 1
+    assert last(contrib.clip_by_percentile) < 1
+    assert 0.5 < last(contrib.quantile_clip) < 2
+    assert last(lambda: contrib.zclip(max_norm=math.inf)) < 1.1
+    assert last(lambda: contrib.zclip(skip=True)) == 0
+    assert last(lambda: contrib.adagc(max_norm=10.0)) < 1.2
+    assert last(lambda: contrib.aggc(label)) == pytest.approx(900)
+    assert 1 < last(contrib.clip_by_moving_sigma) < 1.6
+    assert last(contrib.gradient_stabilizer) < 0.955
 
 
 def test_a_moving_sigma_misses_the_second_spike():
     sizes = np.append(usual(100), [1000.0, *usual(20, seed=1), 10.0])
-    out = outgoing_norms(clipjax.clip_by_moving_sigma, sizes)
+    out = outgoing_norms(contrib.clip_by_moving_sigma, sizes)
     assert out[100] < 1.6
     assert out[-1] == 10
 
@@ -489,7 +496,7 @@ def test_quantile_clip_follows_a_change_of_level():
         steps = math.ceil(abs(math.log(factor)) / (0.2 * speed)) + 3
         new = np.full(steps, factor)
         sizes = np.concatenate([quiet, new, [1e3 * factor]])
-        out = outgoing_norms(lambda: clipjax.quantile_clip(q), sizes)
+        out = outgoing_norms(lambda: contrib.quantile_clip(q), sizes)
         assert out[-2] == pytest.approx(factor)
         assert out[-1] < 1.3 * factor
 
@@ -497,7 +504,7 @@ def test_quantile_clip_follows_a_change_of_level():
 def test_gradient_stabilizer_knows_no_scale():
     sizes = usual(60)
     low, high = (
-        outgoing_norms(clipjax.gradient_stabilizer, sizes * s) for s in (1e-3, 1e3)
+        outgoing_norms(contrib.gradient_stabilizer, sizes * s) for s in (1e-3, 1e3)
     )
     np.testing.assert_allclose(low, high, rtol=1e-4)
     np.testing.assert_allclose(low, 1, atol=0.1)
@@ -536,7 +543,7 @@ def test_zeros_are_not_remembered(name):
 
 def test_adagc_is_never_without_a_bound():
     """Steps that are not finite must not use up its warm-up."""
-    tx, update = compiled(lambda: clipjax.adagc(warmup=3))
+    tx, update = compiled(lambda: contrib.adagc(warmup=3))
     state = tx.init({"w": jnp.zeros(1)})
     for size in [0.5, np.nan, np.inf, 0.5, 0.5]:
         _, state = update({"w": jnp.array([size])}, state)
@@ -546,28 +553,76 @@ def test_adagc_is_never_without_a_bound():
 
 def test_what_cannot_be_right_is_refused():
     for error, message, make in [
-        (ValueError, "quantile must lie", lambda: clipjax.autoclip(1.5)),
-        (ValueError, "window must be at least 2", lambda: clipjax.autoclip(window=1)),
-        (ValueError, "quantile must lie", lambda: clipjax.clip_by_percentile(-0.1)),
-        (ValueError, "rate must be pos", lambda: clipjax.quantile_clip(rate=0.0)),
-        (ValueError, "start must be pos", lambda: clipjax.quantile_clip(start=0.0)),
-        (ValueError, "deviations must be pos", lambda: clipjax.zclip(0.0)),
-        (ValueError, "max_norm must be pos", lambda: clipjax.zclip(max_norm=0.0)),
-        (ValueError, "warmup must be at least 1", lambda: clipjax.zclip(warmup=0)),
-        (ValueError, "factor must be pos", lambda: clipjax.adagc(0.0)),
-        (ValueError, "max_norm must be pos", lambda: clipjax.adagc(max_norm=-1.0)),
-        (ValueError, "warmup must be at least 1", lambda: clipjax.adagc(warmup=0)),
-        (ValueError, "decay must be at least 0", lambda: clipjax.adagc(decay=1.5)),
-        (ValueError, "least must lie", lambda: clipjax.aggc(label, least=2.0)),
-        (ValueError, "most must be at least", lambda: clipjax.aggc(label, most=0.5)),
+        (ValueError, "quantile must lie", lambda: contrib.autoclip(1.5)),
+        (
+            ValueError,
+            "window must be at least 2",
+            lambda: contrib.autoclip(window=1),
+        ),
+        (
+            ValueError,
+            "quantile must lie",
+            lambda: contrib.clip_by_percentile(-0.1),
+        ),
+        (
+            ValueError,
+            "rate must be pos",
+            lambda: contrib.quantile_clip(rate=0.0),
+        ),
+        (
+            ValueError,
+            "start must be pos",
+            lambda: contrib.quantile_clip(start=0.0),
+        ),
+        (ValueError, "deviations must be pos", lambda: contrib.zclip(0.0)),
+        (
+            ValueError,
+            "max_norm must be pos",
+            lambda: contrib.zclip(max_norm=0.0),
+        ),
+        (
+            ValueError,
+            "warmup must be at least 1",
+            lambda: contrib.zclip(warmup=0),
+        ),
+        (ValueError, "factor must be pos", lambda: contrib.adagc(0.0)),
+        (
+            ValueError,
+            "max_norm must be pos",
+            lambda: contrib.adagc(max_norm=-1.0),
+        ),
+        (
+            ValueError,
+            "warmup must be at least 1",
+            lambda: contrib.adagc(warmup=0),
+        ),
+        (
+            ValueError,
+            "decay must be at least 0",
+            lambda: contrib.adagc(decay=1.5),
+        ),
+        (ValueError, "least must lie", lambda: contrib.aggc(label, least=2.0)),
+        (
+            ValueError,
+            "most must be at least",
+            lambda: contrib.aggc(label, most=0.5),
+        ),
         (
             ValueError,
             "warmup must lie between 2 and 8",
-            lambda: clipjax.clip_by_moving_sigma(window=8, warmup=9),
+            lambda: contrib.clip_by_moving_sigma(window=8, warmup=9),
         ),
-        (ValueError, "factor must be pos", lambda: clipjax.spam_clip(-1.0)),
-        (ValueError, "decay must be at least 0", lambda: clipjax.stable_spam_clip(1.1)),
-        (ValueError, "mean_decay must", lambda: clipjax.gradient_stabilizer(-0.1)),
+        (ValueError, "factor must be pos", lambda: contrib.spam_clip(-1.0)),
+        (
+            ValueError,
+            "decay must be at least 0",
+            lambda: contrib.stable_spam_clip(1.1),
+        ),
+        (
+            ValueError,
+            "mean_decay must",
+            lambda: contrib.gradient_stabilizer(-0.1),
+        ),
     ]:
         with pytest.raises(error, match=message):
             make()
@@ -575,7 +630,7 @@ def test_what_cannot_be_right_is_refused():
 
 def test_an_entry_that_wakes_late_may_move():
     """An embedding row that was not used while the mean square warmed up."""
-    tx = clipjax.spam_clip(warmup=2)
+    tx = contrib.spam_clip(warmup=2)
     state = tx.init({"w": jnp.zeros(2)})
     for _ in range(4):
         _, state = tx.update({"w": jnp.array([1.0, 0.0])}, state)

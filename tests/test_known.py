@@ -12,8 +12,8 @@ import pytest
 from jax import P
 
 import clipjax
-from clipjax import norms, responses, scopes, thresholds
-from clipjax.clipping import _known as known
+from clipjax import contrib, norms, responses, scopes, thresholds
+from clipjax._clipping import _known as known
 from helpers import assert_same, normal
 
 SHAPES = {"in": {"kernel": (64, 32), "bias": (32,)}, "out": {"kernel": (32, 8)}}
@@ -40,7 +40,7 @@ CHAINS = {  # the second needs no more than the first has measured
         global_clip(norm=norms.inf_norm, scope=scopes.Leaf()),
         global_clip(norm=norms.inf_norm),
     ),
-    "history": (clipjax.adagc(), clipjax.zclip(max_norm=0.7)),
+    "history": (contrib.adagc(), contrib.zclip(max_norm=0.7)),
     "skipped": (
         global_clip(nonfinite=responses.skip),
         clipjax.clip_by_global_norm(0.1),

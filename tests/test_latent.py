@@ -12,7 +12,7 @@ from flax import nnx
 from jax import P
 
 import clipjax
-from clipjax import allocations, masks, patterns, reparametrizations as rules, scores
+from clipjax import allocations, latents, latents as rules, masks, patterns, scores
 from helpers import assert_same, normal, relaxed, x64
 
 SHAPES = {"a": {"kernel": (9, 11), "bias": (11,)}, "b": {"kernel": (11, 5)}}
@@ -42,7 +42,7 @@ def train(tx, params, target, *, steps=STEPS, dtype=None):
 
     def run(params):
         state = tx.init(params)
-        params = clipjax.sparse_params(state, params)
+        params = latents.sparse_params(state, params)
         indices = jnp.arange(steps, dtype=jnp.int32)
         (_, state), history = jax.lax.scan(step, (params, state), indices)
         return history, state
@@ -345,7 +345,7 @@ def test_a_score_sees_dense_weights_and_raw_gradients(score):
     grads = {"kernel": jnp.array([[-9.0, 0.5, -2.0, 1.0]])}
     tx = clipjax.latent(optax.sgd(0.0), 0.5, score=score, every=3)
     state = tx.init(params)
-    start = clipjax.sparse_params(state, params)
+    start = latents.sparse_params(state, params)
     assert_same(start["kernel"], jnp.array([[0.0, 0.0, 3.0, 4.0]]))  # by magnitude
     update = jax.jit(tx.update)
     updates, state = update(grads, state, start)
@@ -366,12 +366,12 @@ def test_weight_decay_and_extra_arguments_reach_the_inner_optimizer():
     tx = clipjax.latent(inner, 0.5)
     params = {"kernel": jnp.array([[4.0, 1.0]]), "bias": jnp.array([2.0])}
     state = tx.init(params)
-    params = clipjax.sparse_params(state, params)
+    params = latents.sparse_params(state, params)
     grads = jax.tree.map(jnp.zeros_like, params)
     updates, state = tx.update(grads, state, params, value=0.5)
     after = optax.apply_updates(params, updates)
     assert_same(after, {"kernel": jnp.array([[2.0, 0.0]]), "bias": jnp.array([1.0])})
-    assert_same(clipjax.latent_params(state, after)["kernel"], jnp.array([[2.0, 0.5]]))
+    assert_same(latents.latent_params(state, after)["kernel"], jnp.array([[2.0, 0.5]]))
 
 
 def test_a_learned_level_is_stepped_and_clipped_with_the_weights():
@@ -442,7 +442,7 @@ def test_it_trains_in_nnx_from_sparse_weights_on():
         optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
         params = nnx.state(model, nnx.Param)
         dense = np.asarray(model.kernel[...])
-        nnx.update(model, clipjax.sparse_params(optimizer.opt_state, params))
+        nnx.update(model, latents.sparse_params(optimizer.opt_state, params))
         zeros = 99 - kept(99, 0.6)
         assert (model.kernel[...] == 0).sum() == zeros
 
@@ -457,7 +457,7 @@ def test_it_trains_in_nnx_from_sparse_weights_on():
             step(model, optimizer)
             assert (model.kernel[...] == 0).sum() == zeros
         params = nnx.state(model, nnx.Param)
-        latent = nnx.to_pure_dict(clipjax.latent_params(optimizer.opt_state, params))
+        latent = nnx.to_pure_dict(latents.latent_params(optimizer.opt_state, params))
     assert (latent["kernel"] != 0).all()
     np.testing.assert_allclose(latent["kernel"], dense, atol=0.05)
 
@@ -465,7 +465,7 @@ def test_it_trains_in_nnx_from_sparse_weights_on():
 def test_helpers_say_where_there_is_no_latent():
     params = {"kernel": jnp.ones((2, 2))}
     state = optax.adam(1e-3).init(params)
-    for helper in (clipjax.sparse_params, clipjax.latent_params):
+    for helper in (latents.sparse_params, latents.latent_params):
         with pytest.raises(ValueError, match=r"^opt_state holds no state of `latent`"):
             helper(state, params)
 

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 import clipjax
+from clipjax import contrib
 from helpers import relaxed
 
 ADAM = optax.adam(1e-2)
@@ -23,8 +24,8 @@ FINE = {
     "nothing sparse": ADAM,
     "nested": optax.chain(optax.clip(1.0), optax.chain(ADAM, optax.chain(S))),
     "named": optax.named_chain(("z", ADAM), ("a", S)),
-    "keep_zeros": optax.chain(ADAM, clipjax.keep_zeros()),
-    "two": optax.chain(S, optax.scale(0.1), clipjax.keep_zeros(), S),
+    "keep_zeros": optax.chain(ADAM, clipjax.constraints.keep_zeros()),
+    "two": optax.chain(S, optax.scale(0.1), clipjax.constraints.keep_zeros(), S),
     "snapshot": optax.chain(INSIDE, optax.snapshot("moved", lambda u: u)),
     "MultiSteps": optax.MultiSteps(INSIDE, 2),
     "masked": optax.masked(INSIDE, everywhere(True)),
@@ -77,7 +78,7 @@ REPORTED = {  # where, and a word of what is said
         "follows",
     ),
     "keep_zeros": (
-        optax.chain(clipjax.keep_zeros(), optax.scale(0.1)),
+        optax.chain(clipjax.constraints.keep_zeros(), optax.scale(0.1)),
         "1",
         "follows",
     ),
@@ -135,9 +136,9 @@ def test_nnx_optimizers_show_the_same():
     [
         clipjax.sparse(optax.adam(1e-3), 0.5),
         clipjax.latent(optax.adam(1e-3), 0.5),
-        clipjax.rewinding(optax.adam(1e-3), every=9, rounds=2),
+        contrib.rewinding(optax.adam(1e-3), every=9, rounds=2),
         clipjax.proximal(clipjax.prox.L1(0.1), 1e-3),
-        clipjax.regularized_dual_averaging(0.1, 0.1),
+        contrib.regularized_dual_averaging(0.1, 0.1),
     ],
     ids=["sparse", "latent", "rewinding", "proximal", "dual_averaging"],
 )

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import clipjax
-from clipjax import _trees as trees
+from clipjax._core import trees
 from clipjax.examples import linen_nets, nets, nnx_nets
 
 KITS = {"linen": linen_nets, "nnx": nnx_nets}

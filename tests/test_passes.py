@@ -7,7 +7,8 @@ import pytest
 from jax import P
 
 import clipjax
-from clipjax import _passes as passes, masks
+from clipjax import masks
+from clipjax.selection import _reductions as passes
 from helpers import assert_same, normal
 
 SHAPES = [

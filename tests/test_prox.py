@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clipjax import prox
+from clipjax import contrib, prox
 from helpers import x64
 
 STEPS = (0.0, 0.3, 1.0, 2.5, 6.0)
@@ -242,7 +242,7 @@ def test_all_are_penalties_and_say_what_is_wrong():
     with pytest.raises(ValueError, match=r"entry_share must lie between 0 and 1"):
         prox.SparseGroupLasso(1.0, entry_share=2)
     with pytest.raises(ValueError, match=r"bound must not be negative, but is -2"):
-        prox.lassonet(jnp.ones((2, 1)), jnp.ones((2, 3)), 1.0, bound=-2)
+        contrib.lassonet(jnp.ones((2, 1)), jnp.ones((2, 3)), 1.0, bound=-2)
 
 
 # LassoNet
@@ -262,7 +262,7 @@ def test_lassonet_minimizes_the_definition(bound, dtype):
         kernel[7] *= 0.01
         skip, kernel = jnp.asarray(skip, dtype), jnp.asarray(kernel, dtype)
         strength = 4.0 if bound else 1.5
-        results = jax.jit(prox.lassonet)(skip, kernel, strength, bound)
+        results = jax.jit(contrib.lassonet)(skip, kernel, strength, bound)
         eps = float(jnp.finfo(dtype).eps)
     assert [x.dtype for x in results] == [dtype, dtype]
     theta, w, b, v = (np.asarray(x, np.float64) for x in (skip, kernel, *results))
@@ -290,7 +290,7 @@ def test_lassonet_beats_every_neighbor_that_keeps_the_hierarchy():
     rng = np.random.default_rng(5)
     theta, w = rng.normal(size=(1, 2)) * 2, rng.normal(size=(1, 4)) * 3
     strength, bound = 0.8, 0.7
-    b, v = jax.jit(prox.lassonet)(*map(jnp.float32, (theta, w)), strength, bound)
+    b, v = jax.jit(contrib.lassonet)(*map(jnp.float32, (theta, w)), strength, bound)
     b, v = np.asarray(b, np.float64), np.asarray(v, np.float64)
     assert np.abs(v).max() <= bound * np.linalg.norm(b) * (1 + 1e-6)
 
@@ -308,6 +308,6 @@ def test_lassonet_beats_every_neighbor_that_keeps_the_hierarchy():
 def test_lassonet_drops_a_feature_without_skip_weights():
     skip = jnp.array([[0.0, 0.0], [3.0, 4.0]])
     kernel = jnp.array([[5.0, -5.0], [1.0, 1.0]])
-    new_skip, new_kernel = jax.jit(prox.lassonet)(skip, kernel, 0.0)
+    new_skip, new_kernel = jax.jit(contrib.lassonet)(skip, kernel, 0.0)
     np.testing.assert_array_equal(new_kernel, [[0, 0], [1, 1]])
     np.testing.assert_allclose(new_skip, [[0, 0], [3, 4]], rtol=1e-6)

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from clipjax import qk_clip
+from clipjax.contrib import qk_clip
 from helpers import assert_same, normal, relaxed, x64
 
 WIDTH, HEADS, SIZE = 6, 4, 3

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import clipjax
+from clipjax import contrib
 from helpers import assert_same, normal, relaxed, x64
 
 SHAPES = {"kernel": (9, 11), "bias": (11,)}
@@ -42,7 +43,7 @@ def test_parameters_are_the_closed_form(param_dtype, grad_dtype):
     with x64(param_dtype == "float64"):
         params = normal(SHAPES, dtype=param_dtype)
         gradients = [normal(SHAPES, seed=s, dtype=grad_dtype) for s in (1, 2, 3, 4)]
-        tx = clipjax.regularized_dual_averaging(0.5, 0.6)
+        tx = contrib.regularized_dual_averaging(0.5, 0.6)
         history, state = run(tx, params, *gradients)
         eps = float(jnp.finfo(param_dtype).eps)
     start = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
@@ -74,7 +75,7 @@ def test_from_zero_it_is_the_method_of_the_paper():
     """-η√t·soft(ḡₜ, λ)."""
     params = {"kernel": jnp.zeros((9, 11))}
     gradients = [{"kernel": normal((9, 11), seed=s)} for s in (1, 2, 3)]
-    tx = clipjax.regularized_dual_averaging(0.1, 0.4)
+    tx = contrib.regularized_dual_averaging(0.1, 0.4)
     history, _ = run(tx, params, *gradients)
     mean = np.mean([np.asarray(g["kernel"], np.float64) for g in gradients], axis=0)
     expected = -0.1 * np.sqrt(3) * soft(mean, 0.4)
@@ -104,7 +105,7 @@ def test_it_is_sparser_and_steadier_than_proximal_steps():
             scan = jax.jit(lambda *carry: jax.lax.scan(step, carry, (x, noise))[1])
             return np.asarray(scan(start, tx.init(start)))[-100:]
 
-    dual = train(clipjax.regularized_dual_averaging(0.2, 0.2))
+    dual = train(contrib.regularized_dual_averaging(0.2, 0.2))
     step = clipjax.proximal(clipjax.prox.L1(0.2), 0.02)
     plain = train(optax.chain(optax.sgd(0.02), step))
     for history in (dual, plain):
@@ -122,7 +123,7 @@ def test_a_bad_step_moves_nothing_and_is_not_averaged(bad):
     params = normal(SHAPES)
     first, second = normal(SHAPES, seed=1), normal(SHAPES, seed=2)
     broken = first | {"bias": first["bias"].at[2].set(bad)}
-    tx = clipjax.regularized_dual_averaging(0.5, 0.6)
+    tx = contrib.regularized_dual_averaging(0.5, 0.6)
     history, state = run(tx, params, broken, first, broken, second)
     assert_same(history[0], params, rtol=0)
     assert_same(history[2], history[1], rtol=0)
@@ -133,7 +134,7 @@ def test_a_bad_step_moves_nothing_and_is_not_averaged(bad):
 
 def test_the_start_may_be_donated_beside_the_parameters():
     params = {"kernel": normal((9, 11))}
-    tx = clipjax.regularized_dual_averaging(0.5, 0.1)
+    tx = contrib.regularized_dual_averaging(0.5, 0.1)
     state = tx.init(params)
     gradient = {"kernel": normal((9, 11), seed=1)}
     expected, _ = run(tx, params, gradient)
@@ -151,7 +152,7 @@ def test_what_became_of_the_parameters_is_not_read():
     params = {"kernel": normal((4, 5))}
     moved = {"kernel": normal((4, 5), seed=7)}
     gradient = {"kernel": normal((4, 5), seed=1)}
-    tx = clipjax.regularized_dual_averaging(0.5, 0.1)
+    tx = contrib.regularized_dual_averaging(0.5, 0.1)
     update = jax.jit(tx.update)
     results = []
     for now in (params, moved):
@@ -162,8 +163,8 @@ def test_what_became_of_the_parameters_is_not_read():
 
 def test_it_says_what_is_wrong():
     with pytest.raises(ValueError, match=r"l1 must not be negative, but is -1"):
-        clipjax.regularized_dual_averaging(0.1, -1)
-    tx = clipjax.regularized_dual_averaging(0.1, 0.1)
+        contrib.regularized_dual_averaging(0.1, -1)
+    tx = contrib.regularized_dual_averaging(0.1, 0.1)
     params = {"kernel": jnp.zeros((1, 2))}
     with pytest.raises(ValueError, match=r"regularized_dual_averaging reads the param"):
         tx.update(params, tx.init(params))

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax import P
 
-from clipjax import reparametrizations
-from clipjax.reparametrizations import Curve, Identity, Power, Sets, SoftThreshold
+from clipjax import latents as reparametrizations
+from clipjax.latents import Curve, Identity, Power, Sets, SoftThreshold
 from helpers import assert_same, normal, x64
 
 CURVES = {

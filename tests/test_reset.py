@@ -12,8 +12,8 @@ from flax import nnx
 from flax.training.train_state import TrainState
 from jax import P
 
-from clipjax.clipping._adaptive import adaptive_clip
-from clipjax.clipping._reset import reset_moments
+from clipjax._clipping._adaptive import adaptive_clip
+from clipjax._clipping._reset import reset_moments
 from clipjax.thresholds import WindowedQuantile
 from helpers import assert_same, normal, relaxed, spec
 

@@ -8,8 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-import clipjax
-from clipjax import masks
+from clipjax import contrib, masks
 from helpers import assert_same, normal, relaxed
 
 SHAPES = {"a": {"kernel": (6, 8), "bias": (8,)}, "b": {"kernel": (8, 3)}}
@@ -56,7 +55,7 @@ def masked(tree, mask):
 def test_it_is_the_loop_over_rounds(rewind_step):
     """Written out: train, prune, return, restart the optimizer, train again."""
     inner, target = optax.adam(0.1), normal(SHAPES, seed=1)
-    tx = clipjax.rewinding(
+    tx = contrib.rewinding(
         inner, every=ROUND, rounds=2, rate=0.5, rewind_step=rewind_step
     )
     history = train(tx, 3 * ROUND + 2 * 3)
@@ -89,7 +88,7 @@ def test_it_returns_bit_for_bit_in_narrow_dtypes(dtype):
     target = jax.tree.map(
         lambda t: t * 4, normal(SHAPES, seed=1, dtype=dtype)
     )  # far from where it starts
-    tx = clipjax.rewinding(optax.sgd(0.01), every=2, rounds=1, rate=0.5)
+    tx = contrib.rewinding(optax.sgd(0.01), every=2, rounds=1, rate=0.5)
     history = train(tx, 5, dtype=dtype, target=target)
     start, (after, _) = normal(SHAPES, dtype=dtype), history[-1]
     mask = {name: np.asarray(after[name]["kernel"] != 0) for name in after}
@@ -100,7 +99,7 @@ def test_it_returns_bit_for_bit_in_narrow_dtypes(dtype):
 
 
 def test_the_state_of_the_optimizer_starts_anew():
-    tx = clipjax.rewinding(optax.adam(0.1), every=2, rounds=1)
+    tx = contrib.rewinding(optax.adam(0.1), every=2, rounds=1)
     history = train(tx, 6)
     counts = [int(optax.tree.get(s.rewinding_inner, "count")) for _, s in history]
     assert counts[:2] == [1, 2]
@@ -117,14 +116,14 @@ def test_the_state_of_the_optimizer_starts_anew():
 
 def test_it_remembers_one_copy_of_the_parameters_and_a_bit_each():
     params = normal({"kernel": (64, 256), "bias": (256,)})
-    state = clipjax.rewinding(optax.sgd(0.1), every=9, rounds=1).init(params)
+    state = contrib.rewinding(optax.sgd(0.1), every=9, rounds=1).init(params)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     copy = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     assert copy + 64 * 256 / 8 <= size <= copy + 64 * 256 / 8 + 40
 
 
 def test_a_rewind_waits_for_a_finite_gradient_and_a_wrapper():
-    tx = clipjax.rewinding(optax.sgd(0.1), every=2, rounds=1, storage=masks.Booleans())
+    tx = contrib.rewinding(optax.sgd(0.1), every=2, rounds=1, storage=masks.Booleans())
     wrapped = optax.apply_if_finite(tx, 9)
     params = {"kernel": normal((6, 8))}
     with relaxed():
@@ -140,7 +139,7 @@ def test_a_rewind_waits_for_a_finite_gradient_and_a_wrapper():
 
 def test_rounds_may_prune_by_a_schedule():
     """Half of all, then a fifth of what is left: 50 and 10 of 100."""
-    tx = clipjax.rewinding(
+    tx = contrib.rewinding(
         optax.sgd(0.1), every=1, rounds=2, rate=lambda t: jnp.where(t < 3, 0.5, 0.2)
     )
     params = {"kernel": normal((10, 10))}
@@ -161,7 +160,7 @@ def test_extra_arguments_are_passed_on_and_integers_left_alone():
         return updates, state
 
     inner = optax.GradientTransformationExtraArgs(lambda params: (), spy)
-    tx = clipjax.rewinding(inner, every=1, rounds=1)
+    tx = contrib.rewinding(inner, every=1, rounds=1)
     params = {"kernel": normal((2, 4)), "table": jnp.arange(3), "frozen": None}
     update = jax.jit(functools.partial(tx.update, value=3.0))
     updates, _ = update(params, tx.init(params), params)
@@ -171,4 +170,4 @@ def test_extra_arguments_are_passed_on_and_integers_left_alone():
 
 def test_it_cannot_return_to_a_later_round():
     with pytest.raises(ValueError, match="rewind_step must be below every, 5, but"):
-        clipjax.rewinding(optax.sgd(0.1), every=5, rounds=1, rewind_step=5)
+        contrib.rewinding(optax.sgd(0.1), every=5, rounds=1, rewind_step=5)

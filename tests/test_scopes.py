@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn, nnx
 
-from clipjax import _trees as trees, scopes
+from clipjax import scopes
+from clipjax._core import trees
 from helpers import relaxed
 
 DENSE = {"kernel": (0,), "bias": (0,)}

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from jax import P
 
-from clipjax import _counts as counts, selection
+from clipjax import selection
 from clipjax.scores import Magnitude
+from clipjax.selection import _counts as counts
 from helpers import assert_same, integers, normal, x64
 
 N = 257

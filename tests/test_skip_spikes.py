@@ -13,8 +13,8 @@ from flax.training.train_state import TrainState
 from jax import P
 
 from clipjax import metrics
-from clipjax.clipping._adaptive import adaptive_clip
-from clipjax.clipping._skip import skip_spikes
+from clipjax._clipping._adaptive import adaptive_clip
+from clipjax._clipping._skip import skip_spikes
 from helpers import assert_same, normal, relaxed, spec
 
 INNER = optax.trace(0.5)

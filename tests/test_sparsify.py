@@ -10,7 +10,7 @@ import pytest
 from jax import P
 
 import clipjax
-from clipjax import allocations, masks, patterns
+from clipjax import allocations, contrib, masks, patterns
 from helpers import assert_same, normal, relaxed, x64
 
 SHAPES = {"a": {"kernel": (9, 11), "bias": (11,)}, "b": {"kernel": (11, 5)}}
@@ -414,7 +414,7 @@ def test_allocations_may_go_by_path():
 
 def test_a_cycle_ends_sparse_and_has_the_phases_of_the_paper():
     """AC/DC for 100 epochs: masks at 10, 20, …, 70 and 85, dense at 15, …, 75."""
-    schedule = clipjax.cyclic_schedule(0.9, 100)
+    schedule = contrib.cyclic_schedule(0.9, 100)
     shares = np.array([schedule(jnp.int32(step)) for step in range(120)])
     expected = np.zeros(120)
     for start in range(10, 80, 10):
@@ -425,20 +425,20 @@ def test_a_cycle_ends_sparse_and_has_the_phases_of_the_paper():
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 19, 1000])
 def test_a_cycle_of_any_length_ends_sparse(steps):
-    schedule = clipjax.cyclic_schedule(0.5, steps)
+    schedule = contrib.cyclic_schedule(0.5, steps)
     assert schedule(steps - 1) == schedule(10**6) == 0.5
 
 
 def test_phases_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"^warmup and final must fit into 10 steps"):
-        clipjax.cyclic_schedule(0.5, 10, warmup=6, final=5)
+        contrib.cyclic_schedule(0.5, 10, warmup=6, final=5)
     with pytest.raises(ValueError, match=r"^sparsity must lie between 0 and 1"):
-        clipjax.cyclic_schedule(1.5, 10)
+        contrib.cyclic_schedule(1.5, 10)
 
 
 @each_storage
 def test_in_a_dense_phase_weights_grow_again(storage):
-    cycle = clipjax.cyclic_schedule(0.8, 8, warmup=1, compressed=2, dense=2, final=2)
+    cycle = contrib.cyclic_schedule(0.8, 8, warmup=1, compressed=2, dense=2, final=2)
     tx = optax.chain(optax.sgd(0.05), clipjax.sparsify(cycle, storage=storage))
     history, _ = train(tx, normal(SMALL), normal(SMALL, seed=1), steps=9)
     counts = [zeros(after)["a/kernel"] for after in history]

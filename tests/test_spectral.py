@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax import P
 
-from clipjax import clip_by, norms, scopes, spectra_clip, spectral_clip
+from clipjax import clip_by, norms, scopes, spectral_clip
+from clipjax._clipping._spectral import spectra_clip
 from helpers import assert_same, normal
 
 SHAPES = {

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import clipjax
-from clipjax import _trees as trees
+from clipjax._core import trees
 from clipjax.examples import data, linen_nets, nets, nnx_nets, train
 
 

@@ -10,18 +10,28 @@ One that goes by path has a method `at`; see `at_paths`.  One that looks at the 
 has a method `weigh`; see `allot`.
 """
 
-from ._budget import Allocation as Allocation, Budget as Budget
-from ._by_path import (
-    at_paths as at_paths,
-    by_path as by_path,
-    excluding as excluding,
-    weighs as weighs,
-)
-from ._lamp import lamp as lamp
-from ._shapes import (
-    erdos_renyi as erdos_renyi,
-    erdos_renyi_kernel as erdos_renyi_kernel,
-    global_ as global_,
-    uniform as uniform,
-)
-from ._weighed import allot as allot, normalized as normalized
+from ._budget import Allocation, Budget
+from ._by_path import at_paths, by_path, excluding, weighs
+from ._lamp import lamp
+from ._shapes import erdos_renyi, erdos_renyi_kernel, global_, uniform
+from ._weighed import allot, normalized
+
+__all__ = [
+    "Allocation",
+    "Budget",
+    "allot",
+    "at_paths",
+    "by_path",
+    "erdos_renyi",
+    "erdos_renyi_kernel",
+    "excluding",
+    "global_",
+    "lamp",
+    "normalized",
+    "uniform",
+    "weighs",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Float
 
-from .. import _checks as check, _counts as counts
-from .._counts import Count
-from .._types import Number
+from .._core import checks as check
+from .._core.types import Number
+from ..selection import _counts as counts
+from ..selection._counts import Count
 
 
 class Budget(NamedTuple):

@@ -7,9 +7,10 @@ from typing import NoReturn
 
 import jax.numpy as jnp
 
-from .. import _checks as check, _counts as counts
-from .._counts import Count
-from .._types import Number
+from .._core import checks as check
+from .._core.types import Number
+from ..selection import _counts as counts
+from ..selection._counts import Count
 from ._budget import Allocation, Budget, check_numbers, exactly, kept_of
 from ._shapes import uniform
 from ._weighed import allot

@@ -13,16 +13,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from .. import (
-    _checks as check,
-    _counts as counts,
-    _meshes as meshes,
-    _trees as trees,
-    norms,
-)
-from .._counts import Count
-from .._types import AxisName, Number
-from ..scores import Magnitude
+from .. import norms
+from .._core import checks as check, sharding, trees
+from .._core.types import AxisName, Number
+from ..selection import _counts as counts
+from ..selection._counts import Count
+from ..selection._keys import Magnitude
 from ._budget import Allocation, Budget, kept_of
 
 _THRESHOLDS = 4  # of each array in one pass
@@ -94,7 +90,7 @@ class _Scaled(NamedTuple):
         x = jnp.abs(scores.x) if isinstance(scores, Magnitude) else scores
         usable = jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
         peak = norms.inf_norm(usable, axis_name=axis_name).astype(jnp.float32)
-        entries = x.size * meshes.blocks(x, axis_name)
+        entries = x.size * sharding.blocks(x, axis_name)
         return cls(x, trees.power_of_two(peak), entries, axis_name)
 
     def at(self, thresholds: Int[Array, " n"]) -> tuple[Count, Float[Array, " n"]]:
@@ -109,7 +105,7 @@ class _Scaled(NamedTuple):
         here = [keys >= least for least in thresholds]
         reach = counts.of(counts.passing(here))
         mass = jnp.stack([jnp.sum(jnp.where(h, x * x, 0)) for h in here])
-        if axes := meshes.axes_of(x, self.axis_name):
+        if axes := sharding.axes_of(x, self.axis_name):
             reach = counts.normal(*lax.psum(tuple(reach), axes))
             mass = lax.psum(mass, axes)
         value = lax.bitcast_convert_type(thresholds, jnp.float32)

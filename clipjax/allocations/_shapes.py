@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from .. import _counts as counts
-from .._types import Number
+from .._core.types import Number
+from ..selection import _counts as counts
 from ._budget import Budget, check_numbers, exactly, kept_of
 
 

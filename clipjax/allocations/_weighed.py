@@ -7,9 +7,10 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .. import _checks as check, _trees as trees, norms
-from .._types import AxisName, Number
-from ..scores import Magnitude
+from .. import norms
+from .._core import checks as check, trees
+from .._core.types import AxisName, Number
+from ..selection._keys import Magnitude
 from ._budget import Allocation, Budget
 from ._shapes import global_
 

@@ -12,7 +12,8 @@ import numpy as np
 import optax
 from tqdm.auto import tqdm
 
-from .. import _trees as trees, allocations, masks, report, sparsify
+from .. import allocations, masks, report, sparsify
+from .._core import trees
 from . import data, nets, train
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import safetensors.numpy
 from jaxtyping import PyTree
 
-from .. import _trees as trees
+from .._core import trees
 from . import plots
 from .train import Trained
 

@@ -10,12 +10,32 @@ device, and `Channels` and `FanIn` refuse a leaf that is split.  Under `jax.jit`
 right on any mesh.
 """
 
-from ._blocks import Blocks as Blocks
-from ._by_path import PatternByPath as PatternByPath, marks as marks
-from ._channels import Channels as Channels
-from ._combined import Combined as Combined
-from ._fan_in import FanIn as FanIn
-from ._n_of_m import NofM as NofM
-from ._pattern import Pattern as Pattern, Scores as Scores
-from ._pools import l2 as l2, max as max, mean as mean
-from ._unstructured import Unstructured as Unstructured
+from ._blocks import Blocks
+from ._by_path import PatternByPath, marks
+from ._channels import Channels
+from ._combined import Combined
+from ._fan_in import FanIn
+from ._n_of_m import NofM
+from ._pattern import Pattern, Scores
+from ._pools import l2, max, mean
+from ._unstructured import Unstructured
+
+__all__ = [
+    "Blocks",
+    "Channels",
+    "Combined",
+    "FanIn",
+    "NofM",
+    "Pattern",
+    "PatternByPath",
+    "Scores",
+    "Unstructured",
+    "l2",
+    "marks",
+    "max",
+    "mean",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from .. import _checks as check, masks
-from .._types import AxisName, Number
+from .. import masks
+from .._core import checks as check
+from .._core.types import AxisName, Number
 from ..allocations import Allocation
 from ._pattern import Scores, axis_of, best, is_whole, written
 from ._pools import mean

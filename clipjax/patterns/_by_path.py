@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from jaxtyping import Array, Bool
 
 from .. import allocations
-from .._types import AxisName, Number
+from .._core.types import AxisName, Number
 from ..allocations import Allocation
 from ._pattern import Pattern, Scores, written
 from ._unstructured import Unstructured

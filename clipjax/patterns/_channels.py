@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from .. import _checks as check, masks
-from .._types import AxisName, Number
+from .. import masks
+from .._core import checks as check
+from .._core.types import AxisName, Number
 from ..allocations import Allocation
 from ._blocks import Pool
 from ._pattern import Scores, axis_of, best, refuse_split, written

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from .. import _checks as check
-from .._types import AxisName, Number
+from .._core import checks as check
+from .._core.types import AxisName, Number
 from ..allocations import Allocation
 from ._pattern import Pattern, Scores, written
 

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from .. import _ranking as ranking, allocations
-from .._counts import Count
-from .._types import AxisName, Number
+from .. import allocations
+from .._core.types import AxisName, Number
 from ..allocations import Allocation
+from ..selection import _keys as ranking
+from ..selection._counts import Count
 from ._pattern import Scores, axis_of, refuse_split, whole_shape, written
 
 

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from .. import _checks as check, _ranking as ranking, masks
-from .._types import AxisName, Number
+from .. import masks
+from .._core import checks as check
+from .._core.types import AxisName, Number
 from ..allocations import Allocation
+from ..selection import _keys as ranking
 from ._pattern import Scores, axis_of, is_whole, written
 
 

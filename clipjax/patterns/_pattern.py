@@ -6,10 +6,11 @@ from typing import Any, Protocol, runtime_checkable
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from .. import _meshes as meshes, allocations, selection
-from .._types import AxisName, Number
+from .. import allocations, selection
+from .._core import sharding
+from .._core.types import AxisName, Number
 from ..allocations import Allocation
-from ..scores import Magnitude
+from ..selection._keys import Magnitude
 
 Scores = Float[Array, "..."] | Magnitude
 """The scores of one leaf, the highest to keep."""
@@ -58,13 +59,13 @@ def written(scores: Scores) -> Float[Array, "..."]:
 def whole_shape(scores: Scores, axis_name: AxisName) -> tuple[int, ...]:
     """Returns the shape over all devices, if a leaf is split along its first axis."""
     x = scores.x if isinstance(scores, Magnitude) else scores
-    blocks = meshes.blocks(x, axis_name)
+    blocks = sharding.blocks(x, axis_name)
     return (x.shape[0] * blocks, *x.shape[1:]) if x.ndim else ()
 
 
 def refuse_split(pattern: Pattern, scores: Array, axis_name: AxisName) -> None:
     """Raises where a pattern would see only a part of its units."""
-    if meshes.blocks(scores, axis_name) > 1:
+    if sharding.blocks(scores, axis_name) > 1:
         raise ValueError(
             f"{pattern} compares whole units, but inside `jax.shard_map` this leaf of"
             f" local shape {scores.shape} is split over {axis_name!r}. Call the"

@@ -3,8 +3,9 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .. import _trees as trees, norms
-from .._types import Axes
+from .. import norms
+from .._core import trees
+from .._core.types import Axes
 
 
 def mean(scores: Float[Array, "..."], axis: Axes) -> Float[Array, "..."]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from jaxtyping import Array, Bool
 
-from .._types import AxisName, Number
+from .._core.types import AxisName, Number
 from ..allocations import Allocation
 from ._pattern import Scores, best
 

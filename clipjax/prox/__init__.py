@@ -9,9 +9,23 @@ Operators compute in float32 or wider, keep the dtype, treat a complex entry by 
 magnitude, and give 0.0, never -0.0.  NaN stays NaN.
 """
 
-from ._concave import MCP as MCP, SCAD as SCAD
-from ._convex import L1 as L1, ElasticNet as ElasticNet
-from ._entries import Penalty as Penalty
-from ._groups import GroupLasso as GroupLasso, SparseGroupLasso as SparseGroupLasso
-from ._hard import L0 as L0
-from ._hierarchy import lassonet as lassonet
+from ._concave import MCP, SCAD
+from ._convex import L1, ElasticNet
+from ._entries import Penalty
+from ._groups import GroupLasso, SparseGroupLasso
+from ._hard import L0
+
+__all__ = [
+    "L0",
+    "L1",
+    "MCP",
+    "SCAD",
+    "ElasticNet",
+    "GroupLasso",
+    "Penalty",
+    "SparseGroupLasso",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

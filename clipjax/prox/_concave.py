@@ -9,8 +9,8 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact
 
-from .. import _checks as check
-from .._types import Axes, AxisName, Number, Schedule
+from .._core import checks as check
+from .._core.types import Axes, AxisName, Number, Schedule
 from ._entries import like, resized, total
 
 

@@ -6,8 +6,8 @@ from typing import Any, Protocol, runtime_checkable
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact
 
-from .. import _trees as trees
-from .._types import Axes, AxisName, Number, Schedule
+from .._core import trees
+from .._core.types import Axes, AxisName, Number, Schedule
 
 
 @runtime_checkable

@@ -10,8 +10,9 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact
 
-from .. import _checks as check, _meshes as meshes, _trees as trees, norms
-from .._types import Axes, AxisName, Number, Schedule
+from .. import norms
+from .._core import checks as check, sharding, trees
+from .._core.types import Axes, AxisName, Number, Schedule
 from ._entries import like, resized, total
 
 
@@ -142,5 +143,5 @@ def _shrink(x: Array, factors: tuple, axis: Axes | None, axis_name: AxisName) ->
 
 def _root_size(x: Array, norm: Array, axis_name: AxisName) -> Array:
     """Returns the root of the number of entries in a group."""
-    entries = x.size // max(norm.size, 1) * meshes.blocks(x, axis_name)
+    entries = x.size // max(norm.size, 1) * sharding.blocks(x, axis_name)
     return jnp.sqrt(like(entries, norm))

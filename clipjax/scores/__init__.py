@@ -8,17 +8,28 @@ and a batch, or of what went into a layer, are computed once, outside of the ste
 in, trees out, for `clipjax.prune`.
 """
 
-from ._calibrated import sparse_gpt as sparse_gpt, wanda as wanda
-from ._one_shot import grasp as grasp, random as random, snip as snip
-from ._plain import (
-    Magnitude as Magnitude,
-    Score as Score,
-    magnitude as magnitude,
-    saliency as saliency,
-)
-from ._tracked import (
-    Fisher as Fisher,
-    Movement as Movement,
-    Random as Random,
-    Tracked as Tracked,
-)
+from ..selection._keys import Magnitude
+from ._calibrated import sparse_gpt, wanda
+from ._one_shot import grasp, random, snip
+from ._plain import Score, magnitude, saliency
+from ._tracked import Fisher, Movement, Random, Tracked
+
+__all__ = [
+    "Fisher",
+    "Magnitude",
+    "Movement",
+    "Random",
+    "Score",
+    "Tracked",
+    "grasp",
+    "magnitude",
+    "random",
+    "saliency",
+    "snip",
+    "sparse_gpt",
+    "wanda",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from .. import _checks as check, _trees as trees
-from .._types import Number
+from .._core import checks as check, trees
+from .._core.types import Number
 
 
 def wanda(params: PyTree, input_norms: PyTree) -> PyTree:

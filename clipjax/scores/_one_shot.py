@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from .. import _trees as trees
-from .._types import Number
+from .._core import trees
+from .._core.types import Number
 from ._plain import product
 from ._tracked import drawn, leaf_key
 

@@ -1,26 +1,15 @@
 """Scores without a memory."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
-from .. import _trees as trees
+from .._core import trees
 
 Score = Callable[[Array, Array | None], Array]
 """From a parameter and its update, if it has one, to the score of every entry."""
-
-
-class Magnitude(NamedTuple):
-    """The scores |x|, as `magnitude` gives them, but never written to memory.
-
-    Args:
-        x: what is compared by its magnitude, in place of an array of scores.
-    """
-
-    x: Array
 
 
 def magnitude(

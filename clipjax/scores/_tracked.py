@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num, UInt32
 
-from .. import _checks as check, _meshes as meshes, _trees as trees
-from .._types import Number
+from .._core import checks as check, sharding, trees
+from .._core.types import Number
 from ._plain import product
 
 
@@ -207,9 +207,9 @@ def drawn(key: Array, param: Num[Array, "..."]) -> Float[Array, "..."]:
         >>> drawn(jax.random.key(0), jnp.ones(3)).shape
         (3,)
     """
-    key = meshes.own_key(key, meshes.differing_axes(param))
+    key = sharding.own_key(key, sharding.differing_axes(param))
     values = jax.random.uniform(key, param.shape, jnp.float32)
-    values = meshes.like(values, param)
+    values = sharding.like(values, param)
     return jnp.where(param != 0, 1 - values, -values)
 
 

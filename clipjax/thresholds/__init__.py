@@ -12,26 +12,49 @@ rule is `Released`.  `Winsorized`, in between, is robust to both.  Numbers may b
 values or, in `clip_by`, schedules.
 """
 
-from ._deviation import (
-    MovingDeviation as MovingDeviation,
-    at_limit as at_limit,
-    at_mean as at_mean,
-    reciprocal as reciprocal,
-)
-from ._feeds import Winsorized as Winsorized, clipped as clipped, raw as raw
-from ._history import Feed as Feed, History as History, Norms as Norms
-from ._lowest import Lowest as Lowest
-from ._mean import MovingMean as MovingMean
-from ._minimum import RunningMinimum as RunningMinimum
-from ._moments import Moments as Moments
-from ._peak import MovingPeak as MovingPeak
-from ._ratio import MovingRatio as MovingRatio
-from ._relative import Relative as Relative
-from ._released import Release as Release, Released as Released
-from ._schedules import at_step as at_step
-from ._square import MovingSquare as MovingSquare
-from ._tracker import QuantileTracker as QuantileTracker
-from ._windowed import (
-    WindowedDeviation as WindowedDeviation,
-    WindowedQuantile as WindowedQuantile,
-)
+from ._deviation import MovingDeviation, at_limit, at_mean, reciprocal
+from ._feeds import Winsorized, clipped, raw
+from ._history import Feed, History, Norms
+from ._lowest import Lowest
+from ._mean import MovingMean
+from ._minimum import RunningMinimum
+from ._moments import Moments
+from ._peak import MovingPeak
+from ._ratio import MovingRatio
+from ._relative import Relative
+from ._released import Release, Released
+from ._schedules import at_step
+from ._square import MovingSquare
+from ._tracker import QuantileTracker
+from ._windowed import WindowedDeviation, WindowedQuantile
+
+__all__ = [
+    "Feed",
+    "History",
+    "Lowest",
+    "Moments",
+    "MovingDeviation",
+    "MovingMean",
+    "MovingPeak",
+    "MovingRatio",
+    "MovingSquare",
+    "Norms",
+    "QuantileTracker",
+    "Relative",
+    "Release",
+    "Released",
+    "RunningMinimum",
+    "WindowedDeviation",
+    "WindowedQuantile",
+    "Winsorized",
+    "at_limit",
+    "at_mean",
+    "at_step",
+    "clipped",
+    "raw",
+    "reciprocal",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -4,8 +4,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from .. import _checks as check
-from .._types import Number
+from .._core import checks as check
+from .._core.types import Number
 from ._history import Norms
 from ._numbers import like
 

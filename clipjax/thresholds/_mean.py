@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from .. import _checks as check
+from .._core import checks as check
 from ._feeds import clipped
 from ._history import Feed, Norms
 from ._moments import Averages, Moments, one_more

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
-from .. import _checks as check
+from .._core import checks as check
 from ._history import History, Norms
 from ._moments import one_more
 from ._numbers import like, zeros_like

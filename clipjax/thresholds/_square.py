@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from .. import _checks as check
+from .._core import checks as check
 from ._feeds import clipped
 from ._history import Feed, Norms
 from ._moments import Moments, one_more, squarable

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from .. import _checks as check
+from .._core import checks as check
 from ._history import Norms
 from ._moments import Averages, Moments, one_more
 from ._numbers import like

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .. import _checks as check
+from .._core import checks as check
 from ._feeds import Winsorized, raw
 from ._history import Feed, Norms
 from ._numbers import like, zeros_like

@@ -1,0 +1,60 @@
+"""What every clip by a norm remembers, so that `clipjax.metrics` need not measure."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from .._core import trees
+
+
+class ClipState(NamedTuple):
+    """The last step of a clip, and how often it acted.
+
+    Norms are of the last step whose norm was finite.  They are Euclidean, of all leaves
+    together; but of a clip by `norms.inf_norm` or `norms.spectral_norm`, the largest
+    such norm of any part.
+    """
+
+    step: Int[Array, ""]  # updates seen
+    norm: Float[Array, ""]  # of the incoming update
+    clipped_norm: Float[Array, ""]  # of the outgoing update
+    threshold: Float[Array, ""]  # in the unit of the transform's own argument
+    clipped_steps: Int[Array, ""]  # updates that were changed
+    nonfinite_steps: Int[Array, ""]  # updates with a NaN or an infinity
+
+
+def first() -> ClipState:
+    """Returns the state before the first update."""
+
+    def zero(dtype):  # anew for each field, or the state could not be donated
+        return jnp.zeros([], dtype)
+
+    i, f = jnp.int32, jnp.float32
+    return ClipState(zero(i), zero(f), zero(f), zero(f), zero(i), zero(i))
+
+
+def after(
+    state: ClipState,
+    *,
+    norm: Float[Array, ""],
+    clipped_norm: Float[Array, ""],
+    threshold: Float[Array, ""],
+    clipped: Bool[Array, ""],
+) -> ClipState:
+    """Returns the state after an update, with nothing non-finite in it."""
+    known = jnp.isfinite(norm)
+    limit = float(jnp.finfo(jnp.float32).max)
+
+    def keep(new, old):
+        within = jnp.minimum(new, limit).astype(old.dtype)
+        return jnp.where(known & ~jnp.isnan(new), within, old)
+
+    return ClipState(
+        trees.next_step(state.step),
+        keep(norm, state.norm),
+        keep(clipped_norm, state.clipped_norm),
+        keep(threshold, state.threshold),
+        state.clipped_steps + (known & clipped).astype(jnp.int32),
+        state.nonfinite_steps + (~known).astype(jnp.int32),
+    )

@@ -1,0 +1,152 @@
+"""Trees by path: one spelling of a leaf's place, whatever network it comes from.
+
+NNX shows `init` and `update` different trees of one network, so nothing but a path may
+be carried from one to the other.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
+
+from .types import Number, Schedule, Where
+
+
+def path(keys: tuple[Any, ...]) -> str:
+    """Spells a key path as `layers/0/kernel`, without the `.value` of a box."""
+    if keys and keys[-1] == jax.tree_util.GetAttrKey("value"):
+        keys = keys[:-1]
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def by_path(tree: PyTree) -> dict[str, Any]:
+    """Returns the leaves of a tree by path, in the tree's own order."""
+    pairs = jax.tree_util.tree_leaves_with_path(tree)
+    leaves = {path(keys): leaf for keys, leaf in pairs}
+    if len(leaves) < len(pairs):
+        names = [path(keys) for keys, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"Two leaves share the path {twice!r}. Rename one of them.")
+    return leaves
+
+
+def map_by_path(function: Callable[..., Any], tree: PyTree, *rest: Mapping) -> PyTree:
+    """Maps `function(leaf, entry, …)` over a tree, entries by path.
+
+    A leaf that one of the mappings does not name is left alone.
+    """
+
+    def one(keys, leaf):
+        name = path(keys)
+        if any(name not in entries for entries in rest):
+            return leaf
+        return function(leaf, *(entries[name] for entries in rest))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def floats(tree: PyTree) -> dict[str, Any]:
+    """Returns by path the leaves that hold floating-point numbers, as JAX arrays."""
+    leaves = by_path(tree).items()
+    return {name: jnp.asarray(leaf) for name, leaf in leaves if is_float(leaf)}
+
+
+def chosen(tree: PyTree, where: Where) -> dict[str, Array]:
+    """Returns by path the floating leaves with entries that a function chooses."""
+    return {p: x for p, x in floats(tree).items() if x.size and where(p, x)}
+
+
+def is_float(leaf: Any) -> bool:
+    """Tells whether a leaf holds real or complex floating-point numbers."""
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+
+
+def is_number(leaf: Any) -> bool:
+    """Tells whether a leaf holds numbers, and not random keys."""
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.number)
+
+
+def wide(leaf: Any) -> Any:
+    """Casts a leaf to float32 or wider (complex64 or wider)."""
+    dtype = jnp.result_type(leaf)
+    is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
+    if dtype in (jnp.float64, jnp.complex128):
+        return leaf
+    return jnp.asarray(leaf, jnp.complex64 if is_complex else jnp.float32)
+
+
+def zeros(leaf: Any, dtype: Any = None) -> Array:
+    """Returns zeros, in float32 or wider, that lie on a mesh as a leaf does."""
+    leaf = jnp.asarray(leaf)
+    never = (leaf == leaf) & (leaf != leaf)  # a constant would lose the layout
+    return never.astype(dtype or jnp.result_type(wide(leaf)))
+
+
+def zeros_of_floats(tree: PyTree) -> PyTree:
+    """Returns zeros for every leaf, nothing for one that is not floating."""
+    return jax.tree.map(lambda x: zeros(x) if is_float(x) else None, tree)
+
+
+def scale(leaf: Any, factor: Float[Array, "..."]) -> Any:
+    """Multiplies in float32 or wider, then rounds once to the leaf's own dtype."""
+    product = wide(leaf)
+    return (product * factor.astype(product.dtype)).astype(jnp.result_type(leaf))
+
+
+def scale_inward(leaf: Any, factor: Float[Array, "..."]) -> Any:
+    """Scales as `scale` does, but so that no norm comes out above what was meant.
+
+    Entries are rounded toward zero, and a factor below one is lowered by what a norm
+    in float32 may be off.
+    """
+    lower = jnp.where(factor < 1, factor * (1 - 2**-20), factor)
+    product = wide(leaf)
+    product = product * lower.astype(product.dtype)
+    if product.dtype == jnp.result_type(leaf) or jnp.iscomplexobj(product):
+        return product.astype(jnp.result_type(leaf))
+    rounded = product.astype(jnp.result_type(leaf))
+    held = jax.lax.stop_gradient(rounded)  # `nextafter` has no derivative
+    inward = jnp.nextafter(held, jnp.zeros_like(held))
+    outside = jnp.abs(rounded.astype(product.dtype)) > jnp.abs(product)
+    step = jnp.where(outside, inward - held, 0)
+    return rounded + jax.lax.stop_gradient(step)
+
+
+def scale_all(tree: PyTree, factor: Float[Array, ""]) -> PyTree:
+    """Scales every leaf that holds floating-point numbers."""
+    return jax.tree.map(lambda x: scale(x, factor) if is_float(x) else x, tree)
+
+
+def value_at(number: Number | Schedule, step: Int[Array, ""]) -> Float[Array, ""]:
+    """Returns a hyperparameter's value at this step, in float32."""
+    value = number(step) if callable(number) else number
+    return jnp.asarray(value).astype(jnp.float32)
+
+
+def bound_at(number: Number | Schedule, step: Int[Array, ""]) -> Float[Array, ""]:
+    """Returns a bound's value at this step, in float64 where it has one."""
+    value = jnp.asarray(number(step) if callable(number) else number)
+    return value if value.dtype == jnp.float64 else value.astype(jnp.float32)
+
+
+def single(norm: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Casts to float32, in which a float64 may be too large to be finite."""
+    most = jnp.asarray(jnp.finfo(jnp.float32).max, norm.dtype)
+    return jnp.where(norm < jnp.inf, jnp.minimum(norm, most), norm).astype(jnp.float32)
+
+
+def next_step(step: Int[Array, ""]) -> Int[Array, ""]:
+    """Adds one, and stays at the last int32 rather than turn negative."""
+    last = jnp.iinfo(jnp.int32).max
+    return jnp.where(step < last, step + 1, step)
+
+
+def power_of_two(peak: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns the power of two below a magnitude: to divide by it is exact."""
+    usable = (peak > 0) & jnp.isfinite(peak)
+    exponent = jnp.floor(jnp.log2(jnp.where(usable, peak, jnp.ones_like(peak))))
+    # Clamped, so that neither the unit nor its inverse is subnormal.
+    limit = jnp.finfo(peak.dtype).maxexp - 28
+    return jnp.exp2(jnp.clip(exponent, -limit, limit))

@@ -1,0 +1,90 @@
+"""Pruning in one call, outside of training."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from .. import allocations, masks, patterns, scores
+from .._core import checks as check, trees
+from .._core.types import AxisName, Number, Where
+
+
+def prune(
+    params: PyTree,
+    sparsity: Number,
+    *,
+    score: scores.Score | PyTree = scores.magnitude,
+    pattern: patterns.Pattern | patterns.PatternByPath = patterns.Unstructured(),
+    allocation: allocations.Allocation = allocations.uniform,
+    where: Where = masks.weights,
+    axis_name: AxisName = None,
+) -> PyTree:
+    """Sets all but the parameters with the highest scores to zero, once.
+
+    θᵢ ← 0 where mᵢ = 0, m = pattern(score(θ), s)
+
+    For a network that has been trained, or before the training of one that
+    `clipjax.sparsify` or a fixed mask then keeps sparse.  Dtypes, structure and
+    sharding stay.  A NaN ranks lowest, and becomes zero where it is not kept.
+
+    Args:
+        params: the parameters.
+        sparsity: s in [0, 1], the share of zeros in all selected leaves together; may
+            be traced.  At least that share is zero, unless the floors of the allocation
+            ask for more entries.
+        score: a function of a parameter and `None`, or a tree of scores such as
+            `scores.snip` returns; what it has no scores for stays dense.
+        pattern: in what shape zeros come, from `patterns`, or a function from path and
+            leaf to a pattern.
+        allocation: how the leaves share the sparsity, from `allocations`.
+        where: which leaves are pruned, by path and leaf; floating leaves of rank 2 or
+            more that are no bias, scale or embedding.
+        axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split;
+            along their first axis, where the allocation asks for shapes.
+
+    Example:
+        >>> params = {"kernel": jnp.array([[3.0, -1.0], [2.0, -4.0]])}
+        >>> prune(params, 0.5)["kernel"]
+        Array([[ 3.,  0.],
+               [ 0., -4.]], dtype=float32)
+    """
+    check.number(sparsity=sparsity)
+    check.between(0, 1, sparsity=sparsity)
+    check.function(allocation=allocation, where=where)
+    check.pattern(pattern=pattern)
+    if isinstance(score, scores.Tracked):
+        raise TypeError(
+            f"score must not need a memory of past steps, but is {score!r}. Pass a"
+            " function, or a tree such as `scores.snip` or `scores.random` returns."
+        )
+    leaves = trees.chosen(params, where)
+    scored = _scored(score, leaves)
+    marked = patterns.marks(
+        scored,
+        leaves,
+        jnp.clip(jnp.asarray(sparsity, jnp.float32), 0, 1),
+        pattern=pattern,
+        allocation=allocation,
+        axis_name=axis_name,
+    )
+    return trees.map_by_path(lambda x, mask: masks.apply(mask, x), params, marked)
+
+
+def _scored(score: Any, leaves: dict[str, Array]) -> Mapping[str, Any]:
+    if score is scores.magnitude:
+        return {path: scores.Magnitude(x) for path, x in leaves.items()}
+    if callable(score):
+        result = {path: score(x, None) for path, x in leaves.items()}
+    else:
+        known = trees.by_path(score)
+        result = {path: jnp.asarray(known[path]) for path in leaves if path in known}
+        if leaves and not result:
+            raise ValueError(
+                "score has no leaf at the path of any parameter that is to be pruned:"
+                f" it has {sorted(known)}, and they are {sorted(leaves)}."
+            )
+    for path, own in result.items():
+        check.score_shape(path, own, leaves[path])
+    return result

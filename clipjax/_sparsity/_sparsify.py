@@ -1,0 +1,102 @@
+"""Parameters that come out exactly sparse: the projection at the end of a chain."""
+
+import optax
+
+from .. import allocations, masks, patterns, scores
+from .._core import checks as check, trees
+from .._core.types import AxisName, Number, Schedule, Where
+from ._ranked import Now, Ranked
+from ._store import Store, is_due, projected
+
+
+def sparsify(
+    sparsity: Number | Schedule,
+    *,
+    score: scores.Score | scores.Tracked = scores.magnitude,
+    pattern: patterns.Pattern | patterns.PatternByPath = patterns.Unstructured(),
+    allocation: allocations.Allocation = allocations.uniform,
+    every: Number | Schedule = 1,
+    where: Where = masks.weights,
+    storage: masks.Storage = masks.Bits(),
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Sets all but the parameters with the highest scores to zero, exactly.
+
+    uᵢ ← -θᵢ where mᵢ = 0, m = pattern(score(θ, u), s(t))
+
+    Stands last in the chain: `optax.apply_updates` then gives θ + (-θ) = 0.0, bit for
+    bit, in every dtype.  Whatever follows it in the chain would move the zeros.
+
+    A mask is made from the parameters as they are at the start of a step, and holds
+    until `every` steps are over.  It is due until it is made: a step that a wrapper
+    discards is made up for.  With a magnitude score a pruned entry stays pruned, unless
+    the sparsity falls.  A NaN parameter ranks lowest but cannot be repaired, since
+    NaN + (-NaN) is NaN.
+
+    Under `jax.vmap` a mask is searched for in every step, since both branches of a
+    condition run; use `jax.lax.map` for a population with a large `every`.
+
+    Memory beside the parameters, and beside what the score remembers: one bit a
+    parameter with `storage=masks.Bits()`, none with `masks.Zeros()`.  The two differ
+    only for entries that are kept and exactly zero: without a stored mask these stay at
+    zero until the next is made.  On a mesh with explicit axes, a leaf whose last axis
+    is split into pieces that are no multiple of eight stores a byte an entry; with
+    automatic axes, its bits are gathered.
+
+    An update narrower than its parameter leaves in the parameter's dtype, since a
+    rounded -θ would not cancel θ.  `optax.apply_if_finite` refuses such a change of
+    dtype; cast the gradients before the chain.
+
+    Args:
+        sparsity: s in [0, 1], the share of zeros in all selected leaves together; a
+            number, a traced value or a schedule.  At least that share is zero, unless
+            the floors of the allocation ask for more entries.
+        score: a function of a parameter and its update, the highest to keep; or one
+            with a memory, such as `scores.Movement()`, which takes in every step but
+            those with an update that is not finite.
+        pattern: in what shape zeros come, from `patterns`; or a function from path and
+            leaf to a pattern, whose leaves then meet the sparsity by themselves.
+        allocation: how the leaves share the sparsity, from `allocations`.
+        every: steps between two masks, ≥ 1, rounded down; or a schedule of them.
+        where: which leaves are made sparse, by path and leaf; floating leaves of rank 2
+            or more that are no bias, scale or embedding.
+        storage: how a mask is kept between two steps.
+        axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split;
+            along their first axis, where the allocation asks for shapes.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> tx = optax.chain(optax.sgd(0.5), sparsify(0.5))
+        >>> params = {"kernel": jnp.array([[3.0, -1.0], [2.0, -4.0]])}
+        >>> grads = {"kernel": jnp.ones((2, 2))}
+        >>> updates, state = tx.update(grads, tx.init(params), params)
+        >>> optax.apply_updates(params, updates)["kernel"]
+        Array([[ 2.5,  0. ],
+               [ 0. , -4.5]], dtype=float32)
+
+    Reference:
+        Michael Zhu, Suyog Gupta, To Prune, or Not to Prune: Exploring the Efficacy of
+        Pruning for Model Compression, 2017, https://arxiv.org/abs/1710.01878
+    """
+    rule = Ranked(sparsity, score, pattern, allocation, axis_name)
+    store = Store(every, where, storage, axis_name)
+
+    def init(params):
+        return store.init(params, rule.init(trees.chosen(params, where)))
+
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        check.given_params("sparsify", params)
+        leaves, moves = trees.chosen(params, where), trees.floats(updates)
+        leaves = {p: x for p, x in leaves.items() if p in moves}
+        now = Now(leaves, moves, state.score_memory, state.step)
+        now = now._replace(memory=rule.track(now))
+        read, state = store.next(
+            state._replace(score_memory=now.memory),
+            leaves,
+            is_due(state, every),
+            lambda old: rule.masks(now, old),
+        )
+        return trees.map_by_path(projected, updates, leaves, read()), state
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,0 +1,210 @@
+"""Masks between two steps: which leaves have one, how it is kept, when it is due."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8
+
+from .. import masks, norms
+from .._core import checks as check, sharding, trees
+from .._core.types import AxisName, Number, Schedule, Where
+
+NEVER = 2**31 - 1  # the age of a mask that has not been made yet
+_BITS = masks.Bits()
+
+Leaves = dict[str, Array]
+Masks = dict[str, Bool[Array, "..."]]
+
+
+class SparsifyState(NamedTuple):
+    """What `sparsify` remembers; the dicts are keyed by path."""
+
+    step: Int[Array, ""]  # updates seen
+    mask_age: Int[Array, ""]  # updates since the masks were made
+    mask_bits: dict[str, Array]  # empty if `storage` is `masks.Zeros()`
+    leaf_sparsity: dict[str, Float[Array, ""]]  # share of zeros in each leaf's mask
+    total_sparsity: Float[Array, ""]  # and in all of them
+    score_memory: dict[str, Array]  # empty if the score has none
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """Where there are masks, when they are made anew, and how they are kept."""
+
+    every: Number | Schedule
+    where: Where
+    storage: masks.Storage
+    axis_name: AxisName
+
+    def __post_init__(self) -> None:
+        check.at_least(1, every=self.every)
+        check.function(where=self.where)
+        check.one_of(masks.Bits, masks.Booleans, masks.Zeros, storage=self.storage)
+
+    @property
+    def stores(self) -> bool:
+        """Tells whether anything is stored."""
+        return not isinstance(self.storage, masks.Zeros)
+
+    def full(self, x: Array) -> Array:
+        """Returns as it is stored the mask that keeps all of a leaf."""
+        return pack(masks.full(x), self.storage)
+
+    def init(self, params: PyTree, memory: Leaves | None = None) -> SparsifyState:
+        """Returns the state with full masks, which are due to be made."""
+        leaves = trees.chosen(params, self.where)
+        return SparsifyState(
+            jnp.zeros([], jnp.int32),
+            jnp.asarray(NEVER, jnp.int32),
+            {p: self.full(x) for p, x in leaves.items()} if self.stores else {},
+            {p: jnp.zeros([], jnp.float32) for p in leaves},
+            jnp.zeros([], jnp.float32),
+            {} if memory is None else memory,
+        )
+
+    def held(self, state: SparsifyState, leaves: Leaves) -> Masks:
+        """Returns the masks as they are stored."""
+        if self.stores:
+            return {p: unpack(state.mask_bits[p], x) for p, x in leaves.items()}
+        shares = state.leaf_sparsity
+        return {p: masks.nonzero(x) | (shares[p] == 0) for p, x in leaves.items()}
+
+    def next(
+        self,
+        state: SparsifyState,
+        leaves: Leaves,
+        due: Bool[Array, ""],
+        make: Callable[[Masks], Masks],
+    ) -> tuple[Callable[[], Masks], SparsifyState]:
+        """Returns how to read this step's masks, new if they are due, and the state."""
+        read, after, _, _ = self.change(
+            state, leaves, due, lambda old, _: (make(old), ())
+        )
+        return read, after
+
+    def change(
+        self,
+        state: SparsifyState,
+        leaves: Leaves,
+        due: Bool[Array, ""],
+        make: Callable[[Masks, PyTree], tuple[Masks, PyTree]],
+        *,
+        other: PyTree = (),
+        updates: Leaves | None = None,
+    ) -> tuple[Callable[[], Masks], SparsifyState, PyTree, Bool[Array, ""]]:
+        """Does as `next`, and changes with the masks what else depends on them.
+
+        Where updates are given, nothing changes unless all of them are finite: whether
+        it did is the last result.  They are read only when masks are due.
+
+        Masks are read where they are needed, since whatever enters a branch is written
+        to memory: bits rather than masks.
+        """
+
+        def search():
+            new, changed = make(self.held(state, leaves), other)
+            bits, shares, total = measured(new, self.axis_name, self.storage)
+            bits, shares = state.mask_bits | bits, state.leaf_sparsity | shares
+            return bits, shares, total, changed, jnp.ones([], bool)
+
+        def hold():
+            bits = state.mask_bits
+            if not self.stores:
+                bits = {p: sharding.zeros(self.full, x) for p, x in leaves.items()}
+            shares, total = state.leaf_sparsity, state.total_sparsity
+            return bits, shares, total, other, jnp.zeros([], bool)
+
+        def look():
+            if not updates:
+                return search()
+            known = jnp.isfinite(norms.inf_norm(updates, axis_name=self.axis_name))
+            return jax.lax.cond(known, search, hold)
+
+        bits, shares, total, changed, made = (
+            jax.lax.cond(due, look, hold) if leaves else hold()
+        )
+
+        def read():
+            now = {p: unpack(bits[p], x) for p, x in leaves.items()}
+            if self.stores:
+                return now
+            old = self.held(state, leaves)
+            return {p: jnp.where(made, now[p], old[p]) for p in leaves}
+
+        after = state._replace(
+            step=trees.next_step(state.step),
+            mask_age=jnp.where(made, 1, trees.next_step(state.mask_age)),
+            mask_bits=bits if self.stores else {},
+            leaf_sparsity=shares,
+            total_sparsity=total,
+        )
+        return read, after, changed, made
+
+
+def check_storage(name: str, storage: masks.Storage) -> None:
+    """Raises where zeros would be taken for pruned, but may be kept ones."""
+    if isinstance(storage, masks.Zeros):
+        raise ValueError(
+            f"{name} keeps entries that may be zero for some steps, so storage must not"
+            " be `Zeros()`, which takes them for pruned. Leave it at `Bits()`."
+        )
+
+
+def is_due(state: SparsifyState, every: Number | Schedule) -> Bool[Array, ""]:
+    """Tells whether masks are as old as they may get."""
+    steps = jnp.minimum(trees.value_at(every, state.step), 2.0**30)  # fits an int32
+    return (state.mask_age == NEVER) | (state.mask_age >= steps.astype(jnp.int32))
+
+
+def hidden(leaf: Any, mask: Bool[Array, "..."]) -> Array:
+    """Returns a leaf with zeros for what is not kept."""
+    return masks.apply(mask, leaf)
+
+
+def projected(update: Any, param: Array, mask: Bool[Array, "..."]) -> Array:
+    """Returns the update that takes what is not kept to zero."""
+    with jax.numpy_dtype_promotion("standard"):  # this cast is meant
+        dtype = jnp.promote_types(jnp.result_type(update), jnp.result_type(param))
+    return jnp.where(mask, jnp.asarray(update, dtype), -param.astype(dtype))
+
+
+def pack(
+    mask: Bool[Array, "..."], storage: masks.Storage = _BITS
+) -> Bool[Array, "..."] | UInt8[Array, "..."]:
+    """Packs a mask, unless booleans are wanted or a byte would lie on two devices."""
+    is_plain = isinstance(storage, masks.Booleans)
+    if is_plain or not sharding.has_whole_columns(mask, masks.BITS):
+        return mask
+    return masks.pack(mask if mask.ndim else mask[None])
+
+
+def unpack(bits: Array, param: Array) -> Bool[Array, "..."]:
+    """Returns the mask of a parameter."""
+    if bits.dtype == bool:
+        return bits
+    columns = param.shape[-1] if param.ndim else 1
+    return masks.unpack(bits, columns).reshape(param.shape)
+
+
+def measured(
+    kept: Masks, axis_name: AxisName, storage: masks.Storage = _BITS
+) -> tuple[PyTree, ...]:
+    """Packs the masks, and returns the share of zeros in each and in all."""
+    shares, total = shares_of_zeros(kept, axis_name)
+    return {path: pack(mask, storage) for path, mask in kept.items()}, shares, total
+
+
+def shares_of_zeros(
+    kept: Masks, axis_name: AxisName
+) -> tuple[dict[str, Float[Array, ""]], Float[Array, ""]]:
+    """Returns the share of what is not kept in each leaf and in all; there are some."""
+    zeros, size = {}, {}
+    for path, mask in kept.items():
+        size[path] = mask.size * sharding.blocks(mask, axis_name)
+        dropped = size[path] - masks.count(mask, axis_name=axis_name)
+        zeros[path] = dropped.astype(jnp.float32)
+    shares = {path: zeros[path] / float(size[path]) for path in kept}
+    return shares, jnp.sum(jnp.stack(list(zeros.values()))) / float(sum(size.values()))

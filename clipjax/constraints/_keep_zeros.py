@@ -1,0 +1,63 @@
+"""Fine-tuning without losing what a network was given."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int
+
+from .. import masks
+from .._core import checks as check, trees
+from .._core.types import Where
+
+
+class KeepZerosState(NamedTuple):
+    """What `keep_zeros` remembers: the zeros are in the parameters themselves."""
+
+    step: Int[Array, ""]
+
+
+def keep_zeros(
+    *, where: Where = masks.weights
+) -> optax.GradientTransformationExtraArgs:
+    """Lets what is zero stay zero, for fine-tuning a model that is sparse already.
+
+    uᵢ ← 0 where θᵢ = 0
+
+    Stands last in the chain.  Nothing is stored and nothing is ranked: a parameter is
+    pruned if it is 0.0 when its update arrives, whatever the update holds, NaN too.  So
+    one that arrives at exactly zero by itself is pruned from then on.  The dtype of an
+    update stays as it is.
+
+    Args:
+        where: which leaves are sparse, by path and leaf: the same as in training, and
+            not those that only start at zero, such as biases.
+
+    Example:
+        >>> tx = optax.chain(optax.sgd(0.5), keep_zeros())
+        >>> params = {"kernel": jnp.array([[3.0, 0.0]]), "bias": jnp.zeros(2)}
+        >>> grads = {"kernel": jnp.ones((1, 2)), "bias": jnp.ones(2)}
+        >>> updates, _ = tx.update(grads, tx.init(params), params)
+        >>> optax.apply_updates(params, updates)
+        {'bias': Array([-0.5, -0.5], dtype=float32),
+         'kernel': Array([[2.5, 0. ]], dtype=float32)}
+    """
+    check.function(where=where)
+
+    def init(params):
+        del params
+        return KeepZerosState(jnp.zeros([], jnp.int32))
+
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        check.given_params("keep_zeros", params)
+        leaves = trees.floats(params)
+        chosen = {path: leaf for path, leaf in leaves.items() if where(path, leaf)}
+        kept = trees.map_by_path(_kept, updates, chosen)
+        return kept, KeepZerosState(trees.next_step(state.step))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _kept(update: Any, param: Array) -> Array:
+    return masks.apply(masks.nonzero(param), jnp.asarray(update))

@@ -1,0 +1,55 @@
+"""Published methods that few need: clips by history, ways to a sparse network, gates.
+
+Correct and tested as all else is, but not recommended before what has a flat name.
+"""
+
+from .._sparsity._dynamic import sparse_evolutionary, sparse_momentum
+from ..compression._feedback import deep_gradient_compression
+from . import gates
+from ._by_history import (
+    adagc,
+    aggc,
+    autoclip,
+    clip_by_moving_sigma,
+    clip_by_percentile,
+    gradient_stabilizer,
+    quantile_clip,
+    spam_clip,
+    stable_spam_clip,
+    zclip,
+)
+from ._dual_averaging import regularized_dual_averaging
+from ._features import selected_features
+from ._greedy import greedy_clip
+from ._lassonet import lassonet
+from ._qk import qk_clip
+from ._rewinding import rewinding
+from ._schedules import cyclic_schedule
+
+__all__ = [
+    "adagc",
+    "aggc",
+    "autoclip",
+    "clip_by_moving_sigma",
+    "clip_by_percentile",
+    "cyclic_schedule",
+    "deep_gradient_compression",
+    "gates",
+    "gradient_stabilizer",
+    "greedy_clip",
+    "lassonet",
+    "qk_clip",
+    "quantile_clip",
+    "regularized_dual_averaging",
+    "rewinding",
+    "selected_features",
+    "spam_clip",
+    "sparse_evolutionary",
+    "sparse_momentum",
+    "stable_spam_clip",
+    "zclip",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

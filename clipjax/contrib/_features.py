@@ -1,0 +1,55 @@
+"""Which input features a sparse network still reads."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, PyTree
+
+from .._core import trees
+
+
+def selected_features(
+    params: PyTree, path: str, *, axis: int = 0
+) -> Bool[Array, " features"]:
+    """Returns a mask of the input features whose weights are not all zero.
+
+    To have a network choose its features while it trains, put a group lasso on the rows
+    of its first kernel at the end of the chain: what a feature feeds is then one group,
+    and exactly zero together.
+
+        proximal(
+            prox.GroupLasso(strength),
+            learning_rate,
+            scope=scopes.Unit(axis=1),
+            where=lambda path, leaf: path == "Dense_0/kernel",
+        )
+
+    The next layers see nothing of a feature that is not selected: without it, and with
+    the kernel's other rows, the network computes the same.
+
+    Args:
+        params: of the network.
+        path: of its first kernel, such as `Dense_0/kernel`.
+        axis: of the kernel, along which the features lie: 0 for Dense, -2 for Conv.
+
+    Example:
+        >>> params = {"dense": {"kernel": jnp.array([[0.0, 0.0], [0.0, -2.0]])}}
+        >>> selected_features(params, "dense/kernel")
+        Array([False,  True], dtype=bool)
+
+    Reference:
+        Ismael Lemhadri, Feng Ruan, Louis Abraham, Robert Tibshirani, LassoNet: A Neural
+        Network with Feature Sparsity, 2021, https://arxiv.org/abs/1907.12207
+    """
+    leaves = trees.by_path(params)
+    if path not in leaves:
+        names = ", ".join(map(repr, leaves)) or "none"
+        raise ValueError(
+            f"path must name a parameter, but is {path!r}. There: {names}."
+        )
+    kernel = jnp.asarray(leaves[path])
+    if not -kernel.ndim <= axis < kernel.ndim:
+        raise ValueError(
+            f"axis must be one of the {kernel.ndim} axes of the parameter at {path!r},"
+            f" but is {axis}."
+        )
+    others = tuple(i for i in range(kernel.ndim) if i != axis % kernel.ndim)
+    return jnp.any(kernel != 0, axis=others)

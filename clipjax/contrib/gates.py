@@ -1,0 +1,160 @@
+"""Gates that are exactly zero, or one, with a probability that is learned.
+
+A gate multiplies whatever it may switch off: a weight, an input, a neuron.  It is a
+parameter like others, log α, that lives in the user's tree and is trained with the
+loss, to which λ·`expected_l0` is added: the expected number of open gates, with a
+gradient.  `sample` draws gates in training, `evaluate` gives those to use afterwards.
+
+The distribution is the hard concrete one: a sigmoid of logistic noise, stretched from
+(0, 1) to (γ, ζ) and clipped, so that the ends have probabilities of their own.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key, UInt32
+
+from .._core import checks as check, sharding, trees
+from .._core.types import Number
+
+__all__ = [
+    "evaluate",
+    "expected_l0",
+    "open_probability",
+    "sample",
+]
+
+
+_TEMPERATURE, _LOW, _HIGH = 2 / 3, -0.1, 1.1  # of the paper
+
+
+def sample(
+    key: Key[Array, ""] | UInt32[Array, "2"],
+    log_alpha: Float[Array, "..."],
+    *,
+    temperature: Number = _TEMPERATURE,
+    low: Number = _LOW,
+    high: Number = _HIGH,
+) -> Float[Array, "..."]:
+    """Draws gates for one step of training.
+
+    z = min(1, max(0, s·(ζ - γ) + γ)), s = σ((log v - log(1 - v) + log α) / β), for v
+    uniform in (0, 1)
+
+    Differentiable by log α where a gate is neither shut nor fully open.  Computed in
+    float32 or wider; a NaN stays NaN.
+
+    Args:
+        key: a new one in every step.
+        log_alpha: one for each gate; log(p / (1 - p)) starts with gates near p.
+        temperature: β > 0; the nearer to 0, the more gates are 0 or 1.
+        low: γ ≤ 0, how far below zero gates are stretched.
+        high: ζ ≥ 1, how far above one.
+
+    Example:
+        >>> sample(jax.random.key(0), jnp.array([-9.0, 9.0]))
+        Array([0., 1.], dtype=float32)
+
+    Reference:
+        Christos Louizos, Max Welling, Diederik P. Kingma, Learning Sparse Neural
+        Networks through L₀ Regularization, 2018, https://arxiv.org/abs/1712.01312
+    """
+    _check(temperature, low, high)
+    logits = trees.wide(log_alpha)
+    noise = jax.random.logistic(key, logits.shape, logits.dtype)
+    noisy = (sharding.like(noise, logits) + logits) / _like(temperature, logits)
+    return _stretched(noisy, low, high).astype(log_alpha.dtype)
+
+
+def evaluate(
+    log_alpha: Float[Array, "..."], *, low: Number = _LOW, high: Number = _HIGH
+) -> Float[Array, "..."]:
+    """Returns the gates to use after training, without noise.
+
+    ẑ = min(1, max(0, σ(log α)·(ζ - γ) + γ)): exactly zero up to log α = log(-γ / ζ)
+
+    Args:
+        log_alpha: one for each gate.
+        low: γ, as in training.
+        high: ζ, as in training.
+
+    Example:
+        >>> evaluate(jnp.array([-3.0, 0.0, 3.0]))
+        Array([0. , 0.5, 1. ], dtype=float32)
+    """
+    _check(1.0, low, high)
+    return _stretched(trees.wide(log_alpha), low, high).astype(log_alpha.dtype)
+
+
+def open_probability(
+    log_alpha: Float[Array, "..."],
+    *,
+    temperature: Number = _TEMPERATURE,
+    low: Number = _LOW,
+    high: Number = _HIGH,
+) -> Float[Array, "..."]:
+    """Returns how probable it is that a sampled gate is not zero.
+
+    P(z ≠ 0) = σ(log α - β·log(-γ / ζ))
+
+    For gates that govern unlike numbers of weights, sum this times these numbers.
+
+    Args:
+        log_alpha: one for each gate.
+        temperature: β, as for `sample`.
+        low: γ, as for `sample`.
+        high: ζ, as for `sample`.
+
+    Example:
+        >>> gates = open_probability(jnp.zeros(2), temperature=1.0, low=-1.0, high=3.0)
+        >>> jnp.round(gates, 5)  # σ(0 - log(1 / 3))
+        Array([0.75, 0.75], dtype=float32)
+    """
+    _check(temperature, low, high)
+    logits = trees.wide(log_alpha)
+    shift = jnp.log(-_like(low, logits) / _like(high, logits))
+    return jax.nn.sigmoid(logits - _like(temperature, logits) * shift)
+
+
+def expected_l0(
+    log_alpha: Float[Array, "..."],
+    *,
+    temperature: Number = _TEMPERATURE,
+    low: Number = _LOW,
+    high: Number = _HIGH,
+) -> Float[Array, ""]:
+    """Returns the expected number of open gates, in float32 or wider.
+
+    E‖z‖₀ = Σᵢ P(zᵢ ≠ 0)
+
+    Args:
+        log_alpha: one for each gate.
+        temperature: β, as for `sample`.
+        low: γ, as for `sample`.
+        high: ζ, as for `sample`.
+
+    Example:
+        >>> expected_l0(jnp.array([-30.0, 30.0, 30.0]))
+        Array(2., dtype=float32)
+    """
+    return jnp.sum(
+        open_probability(log_alpha, temperature=temperature, low=low, high=high)
+    )
+
+
+def _check(temperature: Number, low: Number, high: Number) -> None:
+    check.positive(temperature=temperature)
+    check.between(-float("inf"), 0, low=low)
+    check.at_least(1, high=high)
+
+
+def _stretched(logits: Array, low: Number, high: Number) -> Array:
+    gamma, zeta = _like(low, logits), _like(high, logits)
+    return jnp.clip(jax.nn.sigmoid(logits) * (zeta - gamma) + gamma, 0, 1)
+
+
+def _like(number: Number, x: Array) -> Array:
+    return jnp.asarray(number).astype(x.dtype)
+
+
+def __dir__() -> list[str]:
+    return __all__
