@@ -12,13 +12,13 @@ import pytest
 
 import clipjax
 from clipjax import (
-    _checks as check,
     allocations,
     latents as reparametrizations,
     masks,
     patterns,
     scores,
 )
+from clipjax._core import checks as check
 from clipjax.thresholds import WindowedQuantile
 from helpers import normal
 
