@@ -11,7 +11,7 @@ from jax import P
 
 import clipjax
 from clipjax import contrib, masks
-from clipjax._sparsity import _drop_grow as drop_grow
+from clipjax.contrib import _snfs as snfs
 from clipjax.selection._counts import of
 from helpers import assert_same, integers, normal, relaxed
 from test_contract import MOST_BYTES, collectives, devices
@@ -149,9 +149,7 @@ def test_a_full_array_passes_on_what_it_cannot_take():
         (10, [1.0, 0.0, 0.0], [2, 4, 4], [2, 4, 4]),
         (200_001, [0.5, 0.5, 0.0], [10**6] * 3, [100_000, 100_000, 1]),
     ]:
-        parts = drop_grow.redistributed(
-            of(total), jnp.array(shares), of(room), [5, 6, 70]
-        )
+        parts = snfs.redistributed(of(total), jnp.array(shares), of(room), [5, 6, 70])
         assert integers(parts) == expected
 
 
@@ -417,7 +415,9 @@ def test_rigl_beats_a_static_mask_on_digits():
 def test_what_cannot_be_met_is_refused(make):
     with pytest.raises(ValueError, match="sparsity must"):
         make(optax.sgd(1.0), 90.0)
-    with pytest.raises(ValueError, match="allocation must go by shapes"):
-        make(optax.sgd(1.0), 0.9, allocation=clipjax.allocations.normalized(0.5))
+    by_scores = clipjax.allocations.normalized(0.5)
+    tx, params = make(optax.sgd(1.0), 0.9, allocation=by_scores), normal(SHAPES)
+    with pytest.raises(ValueError, match=r"^allocation must go by .*normalized\(0.5\)"):
+        jax.eval_shape(tx.update, params, tx.init(params), params)
     with pytest.raises(TypeError, match="allocation"):
         make(optax.sgd(1.0), 0.9, allocation=0.5)

@@ -1,50 +1,68 @@
-"""Rules for masks that start at random and then move."""
+"""Masks that start at random, and then move: some entries are dropped, others grow.
+
+Numbers of entries are exact, and nothing is sorted.  A dropped entry may grow again at
+once, as in the published code; it then keeps its value.
+"""
 
 import dataclasses
+import functools
+import zlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, UInt32
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
-from .. import allocations, masks, norms, patterns
+from .. import selection
 from .._core import checks as check, sharding, trees
+from .._core.dtypes import common
 from .._core.types import AxisName, Number, Schedule
-from ..allocations import Allocation, Budget
-from ..scores._tracked import drawn, leaf_key
+from ..allocations import Allocation
+from ..allocations._budget import integers
+from ..allocations._compared import numbers
+from ..patterns._pattern import whole_shapes
 from ..selection import _counts as counts
 from ..selection._counts import Count
-from . import _drop_grow as drop_grow
 from ._ranked import Now
-from ._store import Masks
+from ._store import Leaves, Masks
 
 RandomKey = Key[Array, ""] | UInt32[Array, " 2"]
 
-Scores = dict[str, Float[Array, "..."]]
-
-Growth = Callable[[Now, RandomKey], Scores]
-"""From what there is to see and a fresh key to how much each entry should grow."""
+Growth = Callable[[Now], Leaves]
+"""From what there is to see to how much each entry should grow."""
 
 
-def random_growth(now: Now, key: RandomKey) -> Scores:
-    """Scores every entry at random, in the dtype in which gradients are compared."""
+def random_growth(now: Now, key: RandomKey) -> Leaves:
+    """Scores every entry at random, by the key and the path of its leaf.
 
-    def one(path, x):
-        ones = masks.full(x).astype(jnp.float32)
-        dtype = trees.wide(jnp.real(now.updates[path])).dtype
-        return drawn(leaf_key(key, path), ones).astype(dtype)
+    Leaves of one type are drawn together: each loop of a generator is one to compile.
+    """
+    types: dict[Any, dict[str, Array]] = {}
+    for path, x in now.params.items():
+        types.setdefault((x.shape, sharding.differing_axes(x)), {})[path] = x
+    drawn = {}
+    for (shape, axes), same in types.items():
+        draw = functools.partial(_drawn, sharding.own_key(key, axes), shape)
+        names = np.array([zlib.crc32(path.encode()) for path in same], np.uint32)
+        values = jax.vmap(draw)(names)
+        for i, (path, x) in enumerate(same.items()):
+            drawn[path] = sharding.like(values[i], x)
+    return {path: drawn[path] for path in now.params}
 
-    return {p: one(p, x) for p, x in now.params.items()}
+
+def _drawn(key: RandomKey, shape: tuple[int, ...], name: UInt32[Array, ""]) -> Array:
+    return jax.random.uniform(jax.random.fold_in(key, name), shape, jnp.float32)
 
 
-def gradient_growth(now: Now, key: RandomKey) -> Scores:
+def gradient_growth(now: Now) -> Leaves:
     """Scores every entry by the magnitude of its raw gradient."""
-    del key
     return {p: trees.wide(jnp.abs(x)) for p, x in now.updates.items()}
 
 
 @dataclasses.dataclass(frozen=True)
-class Start:
+class AtRandom:
     """Random masks that never move."""
 
     sparsity: Number | Schedule
@@ -55,151 +73,125 @@ class Start:
     def __post_init__(self) -> None:
         check.between(0, 1, sparsity=self.sparsity)
         check.function(allocation=self.allocation)
-        if allocations.weighs(self.allocation):
-            raise ValueError(
-                "allocation must go by shapes, since the first mask is random, but"
-                f" {self.allocation} weighs scores. Use `allocations.uniform`,"
-                " `.erdos_renyi_kernel`, `.global_` or `.by_path`."
-            )
 
-    def init(self, params: dict[str, Array]) -> dict[str, Array]:
+    def init(self, params: Leaves) -> Leaves:
         """Returns nothing."""
         del params
         return {}
 
-    def track(self, now: Now) -> dict[str, Array]:
+    def track(self, now: Now) -> Leaves:
         """Returns nothing."""
         return now.memory
 
     def masks(self, now: Now, old: Masks) -> Masks:
         """Keeps at random what the allocation leaves to every layer."""
         del old
-        return patterns.marks(
-            random_growth(now, jax.random.fold_in(self.key, 0)),
-            now.params,
-            self.share(now),
-            pattern=patterns.Unstructured(),
-            allocation=self.allocation,
-            axis_name=self.axis_name,
-        )
+        scores = random_growth(now, jax.random.fold_in(self.key, 0)).values()
+        groups, kept = range(len(scores)), self.kept(now)
+        new = selection.select([*scores], kept, groups, axis_name=self.axis_name)
+        return dict(zip(now.params, new, strict=True))
 
-    def share(self, now: Now) -> Float[Array, ""]:
-        """Returns the sparsity of this step."""
-        return jnp.clip(trees.value_at(self.sparsity, now.step), 0, 1)
+    def grown(self, now: Now, growth: Growth | None) -> Leaves:
+        """Scores by growth; the first masks, and where there is none, at random."""
+        key = jax.random.fold_in(self.key, now.masks_made)
+        if growth is None:
+            return random_growth(now, key)
+        kinds = jax.eval_shape(growth, now)
 
-    def budget(self, now: Now) -> Budget:
-        """Returns how many entries the layers keep."""
-        blocks = {p: sharding.blocks(x, self.axis_name) for p, x in now.params.items()}
-        shapes = [
-            (x.shape[0] * blocks[p], *x.shape[1:]) if x.ndim else ()
-            for p, x in now.params.items()
-        ]
-        allocation = allocations.at_paths(self.allocation, list(now.params))
-        return allocation(shapes, self.share(now))
+        def at_random():
+            drawn = random_growth(now, key)
+            return {p: x.astype(kinds[p].dtype) for p, x in drawn.items()}
+
+        return jax.lax.cond(now.masks_made == 0, at_random, lambda: growth(now))
+
+    def kept(self, now: Now) -> Int[Array, " arrays"]:
+        """Returns how many entries every layer keeps."""
+        share = jnp.clip(trees.value_at(self.sparsity, now.step), 0, 1)
+        shapes = whole_shapes(now.params.values(), self.axis_name)
+        return numbers(self.allocation, list(now.params), shapes, share)
 
 
 @dataclasses.dataclass(frozen=True)
 class Moving:
-    """Drops the smallest of what is kept and grows others, as many in every group."""
+    """Drops the smallest of what is kept and grows others, as many in every layer."""
 
-    start: Start
+    start: AtRandom
     fraction: Number | Schedule
-    growth: Growth
+    growth: Growth | None
 
-    def init(self, params: dict[str, Array]) -> dict[str, Array]:
+    def init(self, params: Leaves) -> Leaves:
         """Returns nothing."""
         return self.start.init(params)
 
-    def track(self, now: Now) -> dict[str, Array]:
+    def track(self, now: Now) -> Leaves:
         """Returns nothing."""
         return now.memory
 
     def masks(self, now: Now, old: Masks) -> Masks:
         """Starts at random, as a move with nothing that could stay, then moves."""
-        budget = self.start.budget(now)
-        starts = now.masks_made == 0
-        dropped = drop_grow.part_of(
-            budget.kept, trees.value_at(self.fraction, now.step)
-        )
-        key = jax.random.fold_in(self.start.key, now.masks_made)
-        grown = jax.lax.cond(
-            starts,
-            lambda: random_growth(now, key),
-            lambda: self.growth(now, key),
-        )
-        new = drop_grow.moved(
-            [mask & ~starts for mask in old.values()],
-            list(now.params.values()),
-            list(grown.values()),
-            stay=budget.kept - dropped,
-            budget=budget,
+        kept = self.start.kept(now)
+        dropped = part_of(counts.of(kept), trees.value_at(self.fraction, now.step))
+        return moved(
+            {p: mask & (now.masks_made > 0) for p, mask in old.items()},
+            now.params,
+            self.start.grown(now, self.growth),
+            stay=kept - integers(dropped),
+            kept=kept,
             axis_name=self.start.axis_name,
         )
-        return dict(zip(old, new, strict=True))
 
 
-@dataclasses.dataclass(frozen=True)
-class Redistributing:
-    """Drops the smallest of every layer, and grows where the mean gradient is large."""
+def moved(
+    old: Masks,
+    params: Leaves,
+    growth: Leaves,
+    *,
+    stay: Int[Array, " arrays"],
+    kept: Int[Array, " arrays"],
+    axis_name: AxisName,
+) -> Masks:
+    """Returns masks in which so many of the old entries stay and the others are new.
 
-    start: Start
-    fraction: Number | Schedule
-    decay: Number | Schedule
+    Those with the largest magnitudes stay, at most; those with the highest growth are
+    new, until every array keeps what it should.  Both are one search in a loop, which
+    is traced and compiled once.
+    """
 
-    def init(self, params: dict[str, Array]) -> dict[str, Array]:
-        """Returns means of zero."""
-        return {p: trees.zeros(x) for p, x in params.items()}
+    def choose(turn, chosen):
+        drops = turn == 0
+        scores = [_ranks(drops, m, params[p], growth[p]) for p, m in chosen.items()]
+        number, groups = jnp.where(drops, stay, kept), range(len(scores))
+        best = selection.select(scores, number, groups, axis_name=axis_name)
+        pairs = zip(chosen.items(), best, strict=True)
+        return {p: new & (mask | ~drops) for (p, mask), new in pairs}
 
-    def track(self, now: Now) -> dict[str, Array]:
-        """Takes a finite gradient into the means."""
-        decay = trees.value_at(self.decay, now.step)
+    return jax.lax.fori_loop(0, 2, choose, old)
 
-        moves = now.updates
-        if not moves:
-            return now.memory
-        known = jnp.isfinite(norms.inf_norm(moves, axis_name=self.start.axis_name))
 
-        def one(old, update):
-            share = decay.astype(old.dtype)
-            new = share * old + (1 - share) * jnp.asarray(update, old.dtype)
-            return jnp.where(known, new, old)
+def _ranks(
+    drops: Bool[Array, ""], mask: Bool[Array, "..."], param: Array, growth: Array
+) -> Float[Array, "..."]:
+    """Ranks what the mask marks by magnitude; or before all the rest, by growth."""
+    size = jnp.abs(param)
+    dtype = common(size, growth)
+    size, growth = size.astype(dtype), growth.astype(dtype)
+    inside, outside = jnp.where(drops, size, jnp.inf), jnp.where(drops, -1, growth)
+    return jnp.where(mask, inside, outside)
 
-        return now.memory | {p: one(now.memory[p], x) for p, x in moves.items()}
 
-    def masks(self, now: Now, old: Masks) -> Masks:
-        """Starts at random, then moves."""
-        return jax.lax.cond(
-            now.masks_made == 0,
-            lambda: self.start.masks(now, old),
-            lambda: self._moved(now, old),
-        )
+def annealed(
+    fraction: Number | Schedule, end: Callable[[], Float[Array, ""]]
+) -> Schedule:
+    """Returns f/2·(1 + cos(πt/T)) as a schedule."""
 
-    def _moved(self, now: Now, old: Masks) -> Masks:
-        axis_name, params = self.start.axis_name, list(now.params.values())
-        sizes = [x.size * sharding.blocks(x, axis_name) for x in params]
-        grown = [jnp.abs(now.memory[p]) for p in now.params]
-        number = [masks.count(m, axis_name=axis_name) for m in old.values()]
-        number = counts.of(jnp.stack(number))
-        dropped = self._dropped(number, now)
-        stay, all_dropped = number - dropped, counts.total(dropped)
-        means = drop_grow.means(grown, list(old.values()), number, axis_name)
-        parts = dropped.to_float() / jnp.maximum(all_dropped.to_float(), 1)
-        shares = jnp.where(jnp.sum(means) > 0, means / jnp.sum(means), parts)
-        room = counts.of(sizes) - stay
-        added = drop_grow.redistributed(all_dropped, shares, room, sizes)
-        groups = tuple(range(len(sizes)))
-        new = drop_grow.moved(
-            list(old.values()),
-            params,
-            grown,
-            stay=stay,
-            budget=Budget(counts.plus(stay, added), groups, (0,) * len(sizes)),
-            axis_name=axis_name,
-        )
-        return dict(zip(old, new, strict=True))
+    def value(step):
+        share = jnp.clip(step.astype(jnp.float32) / end(), 0, 1)
+        return trees.value_at(fraction, step) / 2 * (1 + jnp.cos(jnp.pi * share))
 
-    def _dropped(self, number: Count, now: Now) -> Count:
-        """Returns how many every layer drops: not the last one."""
-        dropped = drop_grow.part_of(number, trees.value_at(self.fraction, now.step))
-        one = counts.of(jnp.ones_like(number.low))
-        return counts.clip(dropped, counts.of(jnp.zeros_like(number.low)), number - one)
+    return value
+
+
+def part_of(number: Count, share: Float[Array, "..."]) -> Count:
+    """Returns ⌊share·number⌋."""
+    rounded = counts.floor(jnp.clip(share, 0, 1) * number.to_float())
+    return counts.where(number.at_least(rounded), rounded, number)

@@ -3,8 +3,6 @@
 Correct and tested as all else is, but not recommended before what has a flat name.
 """
 
-from .._sparsity._dynamic import sparse_evolutionary, sparse_momentum
-from ..compression._feedback import deep_gradient_compression
 from . import gates
 from ._by_history import (
     adagc,
@@ -18,6 +16,7 @@ from ._by_history import (
     stable_spam_clip,
     zclip,
 )
+from ._deep_compression import deep_gradient_compression
 from ._dual_averaging import regularized_dual_averaging
 from ._features import selected_features
 from ._greedy import greedy_clip
@@ -25,6 +24,8 @@ from ._lassonet import lassonet
 from ._qk import qk_clip
 from ._rewinding import rewinding
 from ._schedules import cyclic_schedule
+from ._set import sparse_evolutionary
+from ._snfs import sparse_momentum
 
 __all__ = [
     "adagc",
