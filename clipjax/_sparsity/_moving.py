@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from .. import selection
@@ -25,6 +24,7 @@ from ..allocations._compared import numbers
 from ..patterns._pattern import whole_shapes
 from ..selection import _counts as counts
 from ..selection._counts import Count
+from ..selection._keys import Magnitude
 from ._ranked import Now
 from ._store import Leaves, Masks
 
@@ -45,7 +45,7 @@ def random_growth(now: Now, key: RandomKey) -> Leaves:
     drawn = {}
     for (shape, axes), same in types.items():
         draw = functools.partial(_drawn, sharding.own_key(key, axes), shape)
-        names = np.array([zlib.crc32(path.encode()) for path in same], np.uint32)
+        names = jnp.asarray([zlib.crc32(path.encode()) for path in same], jnp.uint32)
         values = jax.vmap(draw)(names)
         for i, (path, x) in enumerate(same.items()):
             drawn[path] = sharding.like(values[i], x)
@@ -170,13 +170,13 @@ def moved(
 
 def _ranks(
     drops: Bool[Array, ""], mask: Bool[Array, "..."], param: Array, growth: Array
-) -> Float[Array, "..."]:
+) -> Magnitude:
     """Ranks what the mask marks by magnitude; or before all the rest, by growth."""
     size = jnp.abs(param)
     dtype = common(size, growth)
-    size, growth = size.astype(dtype), growth.astype(dtype)
-    inside, outside = jnp.where(drops, size, jnp.inf), jnp.where(drops, -1, growth)
-    return jnp.where(mask, inside, outside)
+    inside = jnp.where(drops, size.astype(dtype), jnp.inf)
+    outside = jnp.where(drops, jnp.nan, growth.astype(dtype))  # NaN ranks lowest
+    return Magnitude(jnp.where(mask, inside, outside))
 
 
 def annealed(

@@ -90,12 +90,12 @@ def checked(
     if isinstance(kept, list | tuple):
         is_traced = any(isinstance(number, Tracer) for number in kept)
         kept = (jnp if is_traced else np).asarray(kept)
-    dtype = jnp.result_type(kept) if hasattr(kept, "dtype") else None
+    dtype: Any = getattr(kept, "dtype", np.dtype(float))
     if np.shape(kept) != (len(sizes),) or not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(
             f"allocation must return an integer for each of {len(sizes)} arrays, but"
-            f" returned {returned!r}. Return a list or a vector in the order of the paths,"
-            " and round down."
+            f" returned {returned!r}. Return a list or a vector in the order of the"
+            " paths, and round down."
         )
     if not isinstance(kept, Tracer):
         for path, number, size in zip(paths, kept.tolist(), sizes, strict=True):

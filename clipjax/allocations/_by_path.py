@@ -1,7 +1,7 @@
 """Allocations that tell arrays apart by their paths."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 
@@ -9,7 +9,7 @@ from .._core import checks as check
 from .._core.types import Number
 from ..selection import _counts as counts
 from ..selection._counts import Count
-from ._budget import Allocation, exactly, integers, kept_of, sizes_of
+from ._budget import Allocation, Scores, exactly, integers, kept_of, sizes_of
 from ._compared import Grouping, Groups, apart, grouped
 from ._shapes import uniform
 
@@ -82,21 +82,20 @@ class _Excluding(Grouping):
 
     def grouped(self, paths, shapes, sparsity, scores, axis_name):
         check.between(0, 1, sparsity=sparsity)
-        sizes = sizes_of(shapes)
-        pairs = enumerate(zip(paths, shapes, strict=True))
-        rest = [i for i, (path, shape) in pairs if not self.dense(path, shape)]
+        sizes, pairs = sizes_of(shapes), zip(paths, shapes, strict=True)
+        rest = [i for i, pair in enumerate(pairs) if not self.dense(*pair)]
         if not rest:
             return apart(scores, counts.of(sizes))
         left = sum(sizes[i] for i in rest)
         wanted = kept_of(sparsity, sum(sizes), sum(sizes) - left)
         wanted = wanted - counts.of(sum(sizes) - left)
+        share = 1 - jnp.minimum(wanted.to_float() / float(left or 1), 1)
 
         def inner_at(share):
-            own = [[xs[i] for i in rest] for xs in (paths, shapes, scores or paths)]
-            own_scores = own[2] if scores else None
-            return grouped(self.allocation, *own[:2], share, own_scores, axis_name)
+            own = None if scores is None else [scores[i] for i in rest]
+            where = [paths[i] for i in rest], [shapes[i] for i in rest]
+            return grouped(self.allocation, *where, share, own, axis_name)
 
-        share = 1 - jnp.minimum(wanted.to_float() / float(left or 1), 1)
         inner, least = inner_at(share), inner_at(1.0).kept
         most = [0] * len(least.low)
         for i, group in zip(rest, inner.groups, strict=True):
@@ -105,19 +104,22 @@ class _Excluding(Grouping):
         return _beside_dense(inner._replace(kept=kept), rest, sizes, scores)
 
 
-def _beside_dense(inner: Groups, rest: list[int], sizes: list[int], scores) -> Groups:
+def _beside_dense(
+    inner: Groups, rest: list[int], sizes: list[int], scores: Sequence[Scores] | None
+) -> Groups:
     """Returns groups of all arrays: those of the rest, and one for each dense array."""
     dense = [i for i in range(len(sizes)) if i not in rest]
+    first = len(inner.kept.low)  # of the groups of dense arrays
     groups = dict(zip(rest, inner.groups, strict=True))
-    groups |= {i: len(inner.kept.low) + place for place, i in enumerate(dense)}
+    groups |= {i: first + place for place, i in enumerate(dense)}
     floors = dict(zip(rest, inner.floors, strict=True))
-    if scores is not None:
-        weighed = dict(zip(rest, inner.scores or (), strict=True))
-        scores = [weighed.get(i, x) for i, x in enumerate(scores)]
-    both = zip(inner.kept, counts.of([sizes[i] for i in dense]), strict=True)
+    if scores is not None and inner.scores is not None:
+        own = dict(zip(rest, inner.scores, strict=True))
+        scores = [own.get(i, x) for i, x in enumerate(scores)]
+    words = zip(inner.kept, counts.of([sizes[i] for i in dense]), strict=True)
     return Groups(
         scores,
-        Count(*(jnp.concatenate(words) for words in both)),
+        Count(*(jnp.concatenate(pair) for pair in words)),
         tuple(groups[i] for i in range(len(sizes))),
         tuple(floors.get(i, 0) for i in range(len(sizes))),
     )

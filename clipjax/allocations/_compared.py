@@ -114,14 +114,15 @@ def numbers(
     return jnp.stack([masks.count(mask, axis_name=axis_name) for mask in marks])
 
 
-def refuse_none(name: str, scores: Sequence[Scores] | None) -> None:
-    """Raises where an allocation has no scores to read."""
+def given(name: str, scores: Sequence[Scores] | None) -> Sequence[Scores]:
+    """Returns scores, and raises where an allocation has none to read."""
     if scores is None:
         raise ValueError(
             f"allocation must go by shapes where masks start at random, but is {name},"
             " which reads scores. Use `allocations.uniform`, `.erdos_renyi_kernel` or"
             " `.by_path`."
         )
+    return scores
 
 
 def global_(
@@ -189,11 +190,10 @@ class _Compared(Grouping):
 
     def grouped(self, paths, shapes, sparsity, scores, axis_name):
         check_numbers(sparsity, self.floor)
-        if self.power is not None:
-            refuse_none(f"normalized({self.power})", scores)
-        elif scores is None:
+        if scores is None and self.power is None:
             kept = uniform(paths, shapes, sparsity, floor=self.floor)
             return apart(None, counts.of(kept))
+        scores = given(f"normalized({self.power})", scores)
         sizes = sizes_of(shapes)
         floors = tuple(min(self.floor, size) for size in sizes)
         kept = kept_of(sparsity, [sum(sizes)], [sum(floors)])
@@ -204,7 +204,10 @@ class _Compared(Grouping):
         if self.power is None:
             return scores
         if isinstance(scores, Magnitude):
-            return Magnitude(self._divided(scores.x, axis_name))
+            return Magnitude(self._relative(scores.x, axis_name))
+        return self._relative(scores, axis_name)
+
+    def _relative(self, scores: Array, axis_name: AxisName) -> Array:
         x = trees.wide(scores)
         usable = jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
         norm = norms.global_norm(usable, scaled=True, axis_name=axis_name)

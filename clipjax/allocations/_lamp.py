@@ -20,7 +20,7 @@ from ..selection import _counts as counts
 from ..selection._counts import Count
 from ..selection._keys import Magnitude
 from ._budget import Allocation, kept_of
-from ._compared import Grouping, apart, refuse_none
+from ._compared import Grouping, apart, given
 
 _THRESHOLDS = 4  # of each array in one pass
 _END = 0x40000001  # above the bits of 2.0
@@ -63,8 +63,7 @@ class _Lamp(Grouping):
         """Returns the scores as they are, and how many of each array to keep."""
         del paths, shapes
         check.between(0, 1, sparsity=sparsity)
-        refuse_none("lamp", scores)
-        arrays = [_Scaled.of(x, axis_name) for x in scores]
+        arrays = [_Scaled.of(x, axis_name) for x in given("lamp", scores)]
         floors = [min(self.floor, x.entries) for x in arrays]
         wanted = kept_of(sparsity, sum(x.entries for x in arrays), sum(floors))
         return apart(scores, _kept(arrays, wanted, counts.of(floors)))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PyTree
 
-from .. import allocations, norms, patterns, scores
+from .. import allocations, masks, norms, patterns, scores
 from .._core import checks as check, sharding, trees
 from .._core.types import AxisName, Number, Schedule
 from ..compression import _exchange as exchange
@@ -116,13 +116,10 @@ def deep_gradient_compression(
         gathered = trees.by_path(state.local_sum)
         incoming = exchange.compressible(updates, velocity)
         known = exchange.all_finite(incoming, axis_name, mean_over)
-        decay, grads = (
-            trees.value_at(momentum, state.step),
-            clipped(incoming, state.step),
-        )
+        decay = trees.value_at(momentum, state.step)
         pushed = {
-            p: exchange.wide_sum(g, trees.scale(velocity[p], decay))
-            for p, g in grads.items()
+            p: exchange.wide_sum(u, trees.scale(velocity[p], decay))
+            for p, u in clipped(incoming, state.step).items()
         }
         total = {p: exchange.wide_sum(u, gathered[p]) for p, u in pushed.items()}
         marks = patterns.Unstructured().masks(
@@ -132,9 +129,7 @@ def deep_gradient_compression(
             axis_name=axis_name,
         )
         sent = {
-            p: exchange.cast(
-                jnp.where(marks[p], x, jnp.zeros_like(x)), incoming[p].dtype
-            )
+            p: exchange.cast(masks.apply(marks[p], x), incoming[p].dtype)
             for p, x in total.items()
         }
         rest = {p: total[p] - x.astype(total[p].dtype) for p, x in sent.items()}
