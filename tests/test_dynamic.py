@@ -24,7 +24,7 @@ METHODS = {
     "set": functools.partial(contrib.sparse_evolutionary, key=KEY, every=2),
     "rigl": functools.partial(clipjax.rigl, key=KEY, every=2, total_steps=12),
     "snfs": functools.partial(
-        contrib.sparse_momentum, key=KEY, every=2, total_steps=12
+        contrib.sparse_momentum, key=KEY, every=2, total_steps=13
     ),
 }
 STEPS = 10
@@ -124,7 +124,7 @@ def test_sparse_momentum_grows_where_gradients_agree():
         means.append(mean)
     changed = 0
     for params, old, _, step, _, new in moves("snfs"):
-        share = np.float32(0.25) * (1 + np.cos(np.pi * step / 12))
+        share = np.float32(0.25) * (1 + np.cos(np.pi * step / 13))
         momentum = {path: np.abs(m) for path, m in means[step].items()}
         number = {path: mask.sum() for path, mask in old.items()}
         dropped = {path: min(int(share * n), n - 1) for path, n in number.items()}
@@ -195,7 +195,8 @@ def test_new_connections_start_anew_and_take_the_step_of_their_move(name):
             scale = np.sqrt(nu[path] / (1 - 0.999 ** (i + 1))) + 1e-8
             step = -0.125 * mu[path] / (1 - 0.9 ** (i + 1)) / scale
             expected = np.where(new[path], leaf + step, 0)
-            np.testing.assert_allclose(leaves(after)[path], expected, rtol=1e-4)
+            actual = leaves(after)[path]  # of weights that may have nearly cancelled
+            np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-6)
             grown += (new[path] & ~old[path]).sum()
     assert grown > 4
 
@@ -318,22 +319,18 @@ def test_a_mesh_changes_nothing_and_gathers_nothing(name, kind):
     assert_same(jax.device_get(actual), jax.device_get(expected), rtol=1e-5)
 
 
-def test_inside_shard_map_numbers_are_exact():
+def test_inside_shard_map_masks_are_those_of_one_device():
     specs = {"kernel": P("devices")}
-    tx = clipjax.rigl(
-        optax.identity(),
-        0.75,
-        key=KEY,
-        every=1,
-        total_steps=9,
-        axis_name="devices",
+    make = functools.partial(
+        clipjax.rigl, optax.identity(), 0.75, key=KEY, every=1, total_steps=9
     )
     params, *grads = [{"kernel": normal((16, 8), seed=seed)} for seed in range(3)]
     mapped = functools.partial(
         jax.shard_map, mesh=devices("Auto"), in_specs=(specs, specs, specs)
     )
 
-    def two_steps(params, first, second):
+    def two_steps(params, first, second, *, axis_name="devices"):
+        tx = make(axis_name=axis_name)
         state = tx.init(params)
         for grad in (first, second):
             updates, state = tx.update(grad, state, params)
@@ -343,7 +340,10 @@ def test_inside_shard_map_numbers_are_exact():
     with relaxed():
         out = (specs["kernel"], specs["kernel"])
         mask, after = jax.jit(mapped(two_steps, out_specs=out))(params, *grads)
+        alone = functools.partial(two_steps, axis_name=None)
+        expected, _ = jax.jit(alone)(params, *grads)
     assert mask.sum() == 32
+    np.testing.assert_array_equal(mask, expected)
     assert (after[~mask] == 0).all()
 
 

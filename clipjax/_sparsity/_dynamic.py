@@ -27,8 +27,8 @@ def static_sparse(
 
     m = the k highest of random scores;  u ← inner(m⊙g, m⊙θ),  uᵢ ← -θᵢ where mᵢ = 0
 
-    The baseline for `rigl` and the others, and strong with more width.  Masks do not
-    depend on the devices, except inside `jax.shard_map`.  What is said of `inner` and
+    The baseline for `rigl` and the others, and strong with more width.  Masks depend on
+    the key, paths and shapes, and on no devices.  What is said of `inner` and
     of exact zeros in `sparse` holds here too.
 
     Args:
@@ -127,7 +127,7 @@ def rigl(
         ...     params = optax.apply_updates(params, updates)
         >>> params["kernel"]
         Array([[ 0.,  0.,  0.,  0.],
-               [ 5.,  0.,  0., -3.]], dtype=float32)
+               [ 0.,  0.,  5., -3.]], dtype=float32)
 
     Reference:
         Utku Evci, Trevor Gale, Jacob Menick, Pablo Samuel Castro, Erich Elsen, Rigging

@@ -8,21 +8,19 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key, UInt32
+from jaxtyping import Array, Float, Int, Key, UInt32
 
 from .. import selection
 from .._core import checks as check, sharding, trees
-from .._core.dtypes import common
 from .._core.types import AxisName, Number, Schedule
 from ..allocations import Allocation
 from ..allocations._budget import integers
 from ..allocations._compared import numbers
 from ..patterns._pattern import whole_shapes
-from ..selection import _counts as counts
+from ..selection import _counts as counts, _keys as ranking
 from ..selection._counts import Count
 from ..selection._keys import Magnitude
 from ._ranked import Now
@@ -34,26 +32,36 @@ Growth = Callable[[Now], Leaves]
 """From what there is to see to how much each entry should grow."""
 
 
-def random_growth(now: Now, key: RandomKey) -> Leaves:
-    """Scores every entry at random, by the key and the path of its leaf.
+def random_growth(now: Now, key: RandomKey, axis_name: AxisName) -> Leaves:
+    """Scores every entry at random, by the key, the path of its leaf and its place.
 
-    Leaves of one type are drawn together: each loop of a generator is one to compile.
+    By a hash: a generator of JAX is a loop for each leaf, and is not fused.
     """
-    types: dict[Any, dict[str, Array]] = {}
-    for path, x in now.params.items():
-        types.setdefault((x.shape, sharding.differing_axes(x)), {})[path] = x
-    drawn = {}
-    for (shape, axes), same in types.items():
-        draw = functools.partial(_drawn, sharding.own_key(key, axes), shape)
-        names = jnp.asarray([zlib.crc32(path.encode()) for path in same], jnp.uint32)
-        values = jax.vmap(draw)(names)
-        for i, (path, x) in enumerate(same.items()):
-            drawn[path] = sharding.like(values[i], x)
-    return {path: drawn[path] for path in now.params}
+    names = [zlib.crc32(path.encode()) for path in now.params]
+
+    def words(name):
+        return jax.random.bits(jax.random.fold_in(key, name), (2,), jnp.uint32)
+
+    seeds = jax.vmap(words)(jnp.asarray(names, jnp.uint32))
+    axes = sharding.axis_names(axis_name)
+    return {p: _noise(x, seeds[i], axes) for i, (p, x) in enumerate(now.params.items())}
 
 
-def _drawn(key: RandomKey, shape: tuple[int, ...], name: UInt32[Array, ""]) -> Array:
-    return jax.random.uniform(jax.random.fold_in(key, name), shape, jnp.float32)
+@functools.partial(jax.jit, static_argnums=2)  # traced once for all of one shape
+def _noise(
+    x: Array, seed: UInt32[Array, " 2"], axes: tuple[str, ...]
+) -> Float[Array, "..."]:
+    """Returns numbers in [0, 1), in the shape of `x`."""
+    place = ranking.places(x, axes).astype(jnp.uint32)
+    bits = _mixed(_mixed(place ^ seed[0]) ^ seed[1])
+    return (bits >> 8).astype(jnp.float32) * 2**-24
+
+
+def _mixed(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """Mixes all bits of an integer: `lowbias32` of nullprogram.com/blog/2018/07/31."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
 
 
 def gradient_growth(now: Now) -> Leaves:
@@ -86,7 +94,8 @@ class AtRandom:
     def masks(self, now: Now, old: Masks) -> Masks:
         """Keeps at random what the allocation leaves to every layer."""
         del old
-        scores = random_growth(now, jax.random.fold_in(self.key, 0)).values()
+        key = jax.random.fold_in(self.key, 0)
+        scores = random_growth(now, key, self.axis_name).values()
         groups, kept = range(len(scores)), self.kept(now)
         new = selection.select([*scores], kept, groups, axis_name=self.axis_name)
         return dict(zip(now.params, new, strict=True))
@@ -94,15 +103,13 @@ class AtRandom:
     def grown(self, now: Now, growth: Growth | None) -> Leaves:
         """Scores by growth; the first masks, and where there is none, at random."""
         key = jax.random.fold_in(self.key, now.masks_made)
+        noise = random_growth(now, key, self.axis_name)
         if growth is None:
-            return random_growth(now, key)
-        kinds = jax.eval_shape(growth, now)
-
-        def at_random():
-            drawn = random_growth(now, key)
-            return {p: x.astype(kinds[p].dtype) for p, x in drawn.items()}
-
-        return jax.lax.cond(now.masks_made == 0, at_random, lambda: growth(now))
+            return noise
+        starts, scores = now.masks_made == 0, growth(now)
+        return {
+            p: jnp.where(starts, noise[p].astype(x.dtype), x) for p, x in scores.items()
+        }
 
     def kept(self, now: Now) -> Int[Array, " arrays"]:
         """Returns how many entries every layer keeps."""
@@ -153,30 +160,16 @@ def moved(
     """Returns masks in which so many of the old entries stay and the others are new.
 
     Those with the largest magnitudes stay, at most; those with the highest growth are
-    new, until every array keeps what it should.  Both are one search in a loop, which
-    is traced and compiled once.
+    new, until every array keeps what it should.
     """
-
-    def choose(turn, chosen):
-        drops = turn == 0
-        scores = [_ranks(drops, m, params[p], growth[p]) for p, m in chosen.items()]
-        number, groups = jnp.where(drops, stay, kept), range(len(scores))
-        best = selection.select(scores, number, groups, axis_name=axis_name)
-        pairs = zip(chosen.items(), best, strict=True)
-        return {p: new & (mask | ~drops) for (p, mask), new in pairs}
-
-    return jax.lax.fori_loop(0, 2, choose, old)
-
-
-def _ranks(
-    drops: Bool[Array, ""], mask: Bool[Array, "..."], param: Array, growth: Array
-) -> Magnitude:
-    """Ranks what the mask marks by magnitude; or before all the rest, by growth."""
-    size = jnp.abs(param)
-    dtype = common(size, growth)
-    inside = jnp.where(drops, size.astype(dtype), jnp.inf)
-    outside = jnp.where(drops, jnp.nan, growth.astype(dtype))  # NaN ranks lowest
-    return Magnitude(jnp.where(mask, inside, outside))
+    groups, options = range(len(old)), {"axis_name": axis_name}
+    # A NaN ranks lowest, below a connection of zero.
+    sizes = [Magnitude(jnp.where(m, params[p], jnp.nan)) for p, m in old.items()]
+    largest = selection.select(sizes, stay, groups, **options)
+    left = zip(old, old.values(), largest, strict=True)
+    order = [Magnitude(jnp.where(m & new, jnp.inf, growth[p])) for p, m, new in left]
+    new = selection.select(order, kept, groups, **options)
+    return dict(zip(old, new, strict=True))
 
 
 def annealed(

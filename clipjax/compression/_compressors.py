@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Inexact, Int, Key
 
-from .. import norms
+from .. import masks, norms
 from .._core import checks as check, sharding, trees
 from .._core.types import AxisName, Number, Schedule
 from ..allocations import Allocation, uniform
@@ -154,7 +154,7 @@ def _marked(
     marks = Unstructured().masks(
         scored, share, allocation=allocation, axis_name=axis_name
     )
-    return {p: jnp.where(marks[p], x, jnp.zeros_like(x)) for p, x in leaves.items()}
+    return {p: masks.apply(marks[p], x) for p, x in leaves.items()}
 
 
 def _mean_magnitude(x: Array, axis_name: AxisName) -> Float[Array, ""]:
