@@ -28,8 +28,8 @@ def static_sparse(
     m = the k highest of random scores;  u ← inner(m⊙g, m⊙θ),  uᵢ ← -θᵢ where mᵢ = 0
 
     The baseline for `rigl` and the others, and strong with more width.  Masks depend on
-    the key, paths and shapes, and on no devices.  What is said of `inner` and
-    of exact zeros in `sparse` holds here too.
+    the key and on the paths and shapes of leaves, but not on devices.  What is said of
+    `inner` and of exact zeros in `sparse` holds here too.
 
     Args:
         inner: the optimizer, or any chain with it; extra arguments are passed on.
