@@ -162,14 +162,14 @@ def moved(
     Those with the largest magnitudes stay, at most; those with the highest growth are
     new, until every array keeps what it should.
     """
-    groups, options = range(len(old)), {"axis_name": axis_name}
+    groups = range(len(old))
     # A NaN ranks lowest, below a connection of zero.
     sizes = [Magnitude(jnp.where(m, params[p], jnp.nan)) for p, m in old.items()]
-    largest = selection.select(sizes, stay, groups, **options)
+    largest = selection.select(sizes, stay, groups, axis_name=axis_name)
     left = zip(old, old.values(), largest, strict=True)
     order = [Magnitude(jnp.where(m & new, jnp.inf, growth[p])) for p, m, new in left]
-    new = selection.select(order, kept, groups, **options)
-    return dict(zip(old, new, strict=True))
+    grown = selection.select(order, kept, groups, axis_name=axis_name)
+    return dict(zip(old, grown, strict=True))
 
 
 def annealed(

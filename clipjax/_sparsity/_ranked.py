@@ -93,8 +93,8 @@ def tracked(
     """Takes a step into the memory of a score, unless an update is not finite."""
     if not params:
         return memory
-    moves = [updates[path] for path in params]
-    known = jnp.isfinite(norms.inf_norm(moves, axis_name=axis_name))
+    own = [updates[path] for path in params]
+    known = jnp.isfinite(norms.inf_norm(own, axis_name=axis_name))
     result = dict(memory)
     for path, param in params.items():
         new = score.track(memory[path], param, updates[path])
