@@ -1,5 +1,6 @@
 """What every clip by a norm remembers, so that `clipjax.metrics` need not measure."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -22,6 +23,15 @@ class ClipState(NamedTuple):
     threshold: Float[Array, ""]  # in the unit of the transform's own argument
     clipped_steps: Int[Array, ""]  # updates that were changed
     nonfinite_steps: Int[Array, ""]  # updates with a NaN or an infinity
+
+    def measured(self) -> Iterator[tuple[str, Array]]:
+        """Yields what `metrics` reads."""
+        steps = jnp.maximum(self.step, 1).astype(jnp.float32)
+        yield "norm", self.norm
+        yield "clipped_norm", self.clipped_norm
+        yield "threshold", self.threshold
+        yield "clipped_share", self.clipped_steps.astype(jnp.float32) / steps
+        yield "nonfinite_steps", self.nonfinite_steps
 
 
 def first() -> ClipState:
