@@ -5,6 +5,7 @@ the tuple of its members' states, in their order, and that of a wrapper holds it
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -157,7 +158,7 @@ def _in_chain(
     last = max(i for i, (_, node) in enumerate(members) if _any(_keeps_zeros, node))
     for name, node in members[:last]:
         for kind, message in _SPOILED.items():
-            if _any(lambda own: isinstance(own, kind), node):
+            if _any(functools.partial(_is, kind), node):
                 yield Finding("/".join((*place, name)), message)
     name, node = members[last]
     yield from _findings(node, (*place, name))
@@ -198,6 +199,10 @@ def _children(node: Any) -> list[tuple[str, Any]]:
 def _keeps_zeros(node: Any) -> bool:
     """Tells whether a node is the state of what makes parameters exactly zero."""
     return getattr(node, "keeps_zeros", False) is True
+
+
+def _is(kind: type, node: Any) -> bool:
+    return isinstance(node, kind)
 
 
 def _any(holds: Callable[[Any], bool], node: Any) -> bool:

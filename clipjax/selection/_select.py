@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +9,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .._core import bits, sharding
+from .._core import sharding
 from .._core.types import AxisName
 from . import _counts as counts, _keys as ranking, _search as search
 from ._counts import Count
 from ._keys import Candidates, Magnitude
+from ._turns import in_turns
 
 
 def kth_largest(
@@ -131,57 +131,17 @@ def _selected(
     task = _task(these, kept, groups, floors)
     if task.competes or these.is_split():
         return _marks(these, search.search(task))
-    return _in_turns(these, task.kept)
 
+    def mark(scores, kept, active):
+        now = ranking.candidates(scores, axes)
+        kept = counts.where(active, kept, counts.of(0))
+        return _marks(now, search.search(_task(now, kept, range(len(scores)), ())))
 
-def _in_turns(these: Candidates, kept: Count) -> list[Bool[Array, "..."]]:
-    """Searches one array of every type at a time: compiled once for each type.
-
-    What is marked is handed on as bits, for one copy of an array at a time.
-    """
-    types: dict[Any, list[int]] = {}
-    for i, own in enumerate(these.scores):
-        types.setdefault((type(own), jax.typeof(ranking.array_of(own))), []).append(i)
-    turns = max(map(len, types.values()))
-    order = np.full((turns, len(types)), -1)  # no array: nothing is kept
-    for column, members in enumerate(types.values()):
-        order[turns - len(members) :, column] = members
-    arrays = [[these.scores[i] for i in members] for members in types.values()]
-    sizes = tuple(these.sizes[members[0]] for members in types.values())
-
-    def search_turn(packed, turn):
-        number, kept = turn
-        scores = [_at(number - turns + len(own), own) for own in arrays]
-        now = these._replace(scores=scores, sizes=sizes)
-        task = _task(now, kept, tuple(range(len(scores))), ())
-        new = [bits.pack(mask) for mask in _marks(now, search.search(task))]
-        # All move up by one: not stacked, since each slice would be compiled by itself.
-        moved = [[*old[1:], last] for old, last in zip(packed, new, strict=True)]
-        return moved, None
-
-    kept = counts.where(jnp.asarray(order >= 0), kept.at(order), counts.of(0))
-    start = [[_no_bits(ranking.array_of(x)) for x in own] for own in arrays]
-    packed, _ = lax.scan(search_turn, start, (jnp.arange(turns), kept))
-    marks = [jnp.zeros([])] * len(these.sizes)
-    for members, found in zip(types.values(), packed, strict=True):
-        for i, own in zip(members, found, strict=True):
-            marks[i] = bits.unpack(own, ranking.array_of(these.scores[i]).shape)
-    return marks
-
-
-def _no_bits(x: Array) -> Array:
-    return sharding.zeros(lambda x: bits.pack(x == x), x)
-
-
-def _at(place: Int[Array, ""], options: list[Any]) -> Any:
-    """Returns one of several trees of the same type; the last one beyond them."""
-    if len(options) == 1:
-        return options[0]
-    return lax.switch(place, [functools.partial(lambda x: x, x) for x in options])
+    return in_turns(mark, scores, task.kept)
 
 
 def _task(
-    these: Candidates, kept: Count, groups: tuple[int, ...], floors: tuple[int, ...]
+    these: Candidates, kept: Count, groups: Sequence[int], floors: Sequence[int]
 ) -> search.Task:
     """Keeps no fewer of a group than its floors, and no more than there are."""
     floor = np.minimum(floors or (0,) * len(groups), these.sizes).astype(np.int32)
@@ -190,7 +150,9 @@ def _task(
         least[group] += int(low)
         most[group] += size
     kept = counts.clip(kept, counts.of(least), counts.of(most))
-    return search.Task(these, kept.at(np.asarray(groups)), groups, floor, by_place=True)
+    return search.Task(
+        these, kept.at(np.asarray(groups)), tuple(groups), floor, by_place=True
+    )
 
 
 def _marks(these: Candidates, ends: search.Ends) -> list[Bool[Array, "..."]]:
