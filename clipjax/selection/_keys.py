@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Num
 
 from .._core import sharding
 from .._core.types import AxisName
-from . import _counts as counts
+from . import _counts as counts, _reductions as passes
 
 _MOST = 2**31 - 2  # entries of one array, so that places fit an int32
 
@@ -145,6 +146,29 @@ def _by_place(
     rank = these.sizes[i] - 1 - places(keys, these.axis_name, zero)
     rank = jnp.where(keys == tie, rank.astype(keys.dtype), -1)
     return jnp.where(tie == jnp.iinfo(keys.dtype).min, keys, rank)
+
+
+def least_from(these: Candidates, low: Int[Array, " arrays"]) -> Int[Array, " arrays"]:
+    """Returns the least key of each array that reaches `low`."""
+    low = lax.optimization_barrier(low)
+    return jnp.stack([_least_from(these, i, low) for i in range(len(these.sizes))])
+
+
+def _least_from(
+    these: Candidates, i: int, low: Int[Array, " arrays"]
+) -> Int[Array, ""]:
+    keys, end = these.keys(i, low), jnp.iinfo(these.dtype).max
+    keys = jnp.where(keys >= low[i], keys, end)
+    if sharding.is_partitioned(keys):
+        least = jnp.min(keys, initial=end)
+    else:  # two are faster than one
+
+        def merge(left, right):
+            return lax.min(left[0], right[0]), lax.max(left[1], right[1])
+
+        ends = np.asarray(end, keys.dtype), np.asarray(-end, keys.dtype)
+        least, _ = passes.reduce((keys, keys), ends, merge)
+    return sharding.over(lax.pmin, least, keys, these.axis_name)
 
 
 def sample(these: Candidates, members: Sequence[int], stride: int) -> Int[Array, " n"]:

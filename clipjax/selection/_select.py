@@ -110,13 +110,7 @@ def _value(
     these = ranking.candidates(scores, axes)
     task = _task(these, kept, (0,) * len(scores), ())
     ends = search.search(task._replace(by_place=False))
-    least = []
-    for i, marked in enumerate(_marks(these, ends)):
-        keys = these.keys(i, ends.key)
-        end = jnp.iinfo(keys.dtype).max
-        own = jnp.min(jnp.where(marked, keys, end), initial=end)
-        least.append(sharding.over(lax.pmin, own, keys, axes))
-    return ranking.value_of(jnp.min(jnp.stack(least)))
+    return ranking.value_of(jnp.min(ranking.least_from(these, ends.key)))
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
