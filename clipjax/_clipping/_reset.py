@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from .. import norms
-from .._core import checks as check, trees
+from .._core import checks as check, memory, trees
 from .._core.steps import step_if
 from .._core.types import AxisName, Number, Schedule
 from ..thresholds import History, WindowedQuantile
@@ -156,41 +156,11 @@ def _restarted(
 ) -> PyTree:
     """Returns the state, with the moments of a new one if the condition holds."""
     fresh = inner.init(params)
-    moments = _moments(inner, params)
+    restart = memory.moments(inner, params)
 
     def one(keys, old, new):
-        if trees.path(keys) not in moments:
+        if trees.path(keys) not in restart:
             return old
         return jnp.where(condition, jnp.asarray(new, old.dtype), old)
 
     return jax.tree_util.tree_map_with_path(one, inner_state, fresh)
-
-
-def _moments(inner: Any, params: PyTree) -> set[str]:
-    """Returns the paths of what restarts in the state of an optimizer.
-
-    Found by making the state, but for its numbers, of parameters twice as large too.
-    """
-
-    def doubled(param):
-        shape = tuple(2 * size for size in jnp.shape(param)) or (2,)
-        return jax.ShapeDtypeStruct(shape, jnp.result_type(param))
-
-    usual = trees.by_path(jax.eval_shape(inner.init, params))
-    larger = trees.by_path(jax.eval_shape(inner.init, jax.tree.map(doubled, params)))
-    names = trees.by_path(params)
-    moments = {p for p in usual if p in larger and usual[p].shape != larger[p].shape}
-    owners = {_owner(moment, names) for moment in moments}
-    return moments | {p for p in usual if _parent(p) in owners}
-
-
-def _owner(moment: str, names: Any) -> str:
-    """Returns the path of the NamedTuple in which a tree of moments is a field."""
-    ends = [name for name in names if f"/{moment}".endswith(f"/{name}")]
-    name = max(ends, key=len, default="")
-    field = moment[: -len(name)].rstrip("/") if name else moment
-    return _parent(field)
-
-
-def _parent(path: str) -> str:
-    return path.rpartition("/")[0]
