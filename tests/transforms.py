@@ -16,6 +16,7 @@ import optax
 
 import clipjax
 from clipjax import compression, contrib, norms, prox
+from clipjax._core import trees
 
 KEY = jax.random.key(0)
 
@@ -30,7 +31,7 @@ class Row:
     static: tuple[str, ...] = ()  # what `inject_hyperparams` must leave alone
     reads_params: bool = False
     last: bool = False  # emits -θ or a difference of parameters: after the optimizer
-    differences: bool = False  # of parameters, which have rounding errors of their size
+    differences: bool = False  # has rounding errors of the size of what it subtracts
     cannot: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def make(self, value=None, **options):
@@ -64,37 +65,53 @@ def _floats(function):
     """Maps over floating leaves; others pass, which few optimizers allow."""
 
     def one(leaf, *rest):
-        is_float = jnp.issubdtype(leaf.dtype, jnp.inexact)
-        return function(leaf, *rest) if is_float else leaf
+        return function(leaf, *rest) if trees.is_float(leaf) else leaf
 
     return lambda tree, *rest: jax.tree.map(one, tree, *rest)
 
 
-_halves = _floats(lambda u: jnp.clip(u, *jnp.asarray([-0.5, 0.5], u.dtype)))
-_zeros = _floats(jnp.zeros_like)
-_averages = _floats(lambda u, m: u + m * jnp.asarray(0.5, m.dtype))
-
-CLAMP = optax.stateless(lambda updates, params: _halves(updates))
+CLAMP = optax.stateless(
+    lambda updates, params: _floats(
+        lambda u: jnp.clip(u, *jnp.asarray([-0.5, 0.5], u.dtype))
+    )(updates)
+)
 """An optimizer without a state."""
 
-MOMENTUM = optax.GradientTransformation(
-    _zeros, lambda updates, state, params=None: (_averages(updates, state),) * 2
-)
+
+def _momentum(updates, state, params=None):
+    del params
+
+    def moment(u, m):
+        if u is None or not trees.is_float(u):
+            return m
+        return u + m * jnp.asarray(0.5, m.dtype)
+
+    def is_missing(u):
+        return u is None
+
+    state = jax.tree.map(moment, updates, state, is_leaf=is_missing)
+    return jax.tree.map(
+        lambda u, m: None if u is None else m if trees.is_float(u) else u,
+        updates,
+        state,
+        is_leaf=is_missing,
+    ), state
+
+
+MOMENTUM = optax.GradientTransformation(_floats(jnp.zeros_like), _momentum)
 """One with moments, which a bad step must not reach."""
 
 
-def _carried(max_delta):
-    return clipjax.carry_clipped(clipjax.clip(max_delta))
+def _carried(max_delta, *, axis_name=None):
+    return clipjax.carry_clipped(clipjax.clip(max_delta), axis_name=axis_name)
 
 
 def _greedy(threshold, *, axis_name=None):
     """Finds its loss by itself, as no wrapper of Optax hands it a `value_fn`."""
     tx = contrib.greedy_clip(MOMENTUM, [threshold, jnp.inf], axis_name=axis_name)
+    loss = functools.partial(norms.global_norm, axis_name=axis_name)
 
     def update(updates, state, params=None, **extra_args):
-        def loss(params):
-            return norms.global_norm(params, axis_name=axis_name)
-
         return tx.update(updates, state, params, **extra_args, value_fn=loss)
 
     return optax.GradientTransformationExtraArgs(tx.init, update)
@@ -138,7 +155,9 @@ TRANSFORMS = {
         reads_params=True,
     ),
     "carry_clipped": Row(_carried, {"max_delta": 0.5}),
-    "greedy_clip": Row(_greedy, {"threshold": 0.5}, reads_params=True),
+    "greedy_clip": Row(
+        _greedy, {"threshold": 0.5}, reads_params=True, differences=True
+    ),
     "sparsify": Row(
         clipjax.sparsify, {"sparsity": 0.6}, static=SPARSE, reads_params=True, last=True
     ),
@@ -197,7 +216,9 @@ TRANSFORMS = {
         _around(compression.top_k(0.6), compression.error_feedback), {"decay": 0.6}
     ),
     "deep_gradient_compression": Row(
-        contrib.deep_gradient_compression, {"sparsity": 0.6}, static=("allocation", "stage_steps")
+        contrib.deep_gradient_compression,
+        {"sparsity": 0.6},
+        static=("allocation", "stage_steps"),
     ),
     "keep_zeros": Row(
         clipjax.constraints.keep_zeros,

@@ -25,6 +25,8 @@ def step_if(
 
     def rest():
         def zero(x, kind):
+            if kind.dtype == jax.dtypes.float0:  # of an integer parameter
+                return x
             return jnp.zeros_like(x, dtype=kind.dtype)
 
         return jax.tree.map(zero, updates, kinds), inner_state

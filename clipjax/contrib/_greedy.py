@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from .._clipping import _measure as parts_of, _state as states
+from .. import norms
+from .._clipping import _state as states
 from .._clipping._state import ClipState
 from .._core import checks as check, losses, trees
 from .._core.dtypes import common
+from .._core.eager import compiled
 from .._core.steps import step_if
 from .._core.types import AxisName, Number, Schedule
 from ..responses import scale as shrink
@@ -60,14 +62,14 @@ def greedy_clip(
             losses that differ over them are averaged.
 
     Example:
-        >>> tx = greedy_clip(optax.sgd(1.0), [1.0, 4.0, 16.0])
+        >>> import clipjax, jax, jax.numpy as jnp, optax
+        >>> tx = clipjax.contrib.greedy_clip(optax.sgd(1.0), [1.0, 4.0, 16.0])
         >>> loss = lambda params: jnp.sum(params**2)
         >>> params = jnp.array([3.0, 4.0])  # best is a step of length 5
-        >>> state, slope = tx.init(params), jax.grad(loss)(params)
-        >>> u, state = tx.update(slope, state, params, value_fn=loss)
-        >>> u, state.winner, state.winner_value
-        (Array([-2.4, -3.2], dtype=float32), Array(1, dtype=int32), Array(0.99..., \
-dtype=float32))
+        >>> state, grads = tx.init(params), jax.grad(loss)(params)
+        >>> u, state = tx.update(grads, state, params, value_fn=loss)
+        >>> print(u, state.winner, state.winner_value)
+        [-2.4 -3.2] 1 0.99...
 
     Reference:
         The rule is ours; a line search over the threshold in place of the step.
@@ -91,10 +93,10 @@ dtype=float32))
     def update(updates, state, params=None, **extra_args):
         check.given_params("greedy_clip", params)
         loss = _loss(extra_args, axis_name)
-        norm = parts_of.whole(updates, axis_name)
-        bounds = jnp.stack(
-            [trees.value_at(c, state.greedy.step) for c in thresholds]
-        ).astype(norm.dtype)
+        norm = norms.global_norm(updates, scaled=True, axis_name=axis_name)
+        step = state.greedy.step
+        bounds = jnp.stack([trees.value_at(c, step) for c in thresholds])
+        bounds = bounds.astype(norm.dtype)
         if relative:
             bounds = jnp.where(norm > 0, bounds * norm, bounds)
 
@@ -103,7 +105,8 @@ dtype=float32))
             return inner.update(clipped, inner_state, params, **extra_args)
 
         def value_of(bound):
-            return loss(_moved(params, step_of(bound, state.greedy_inner)[0]))
+            outgoing, _ = step_of(bound, state.greedy_inner)
+            return loss(_moved(params, outgoing))
 
         values = jax.lax.map(value_of, bounds)
         values = jnp.where(jnp.isfinite(values), values, jnp.inf)
@@ -113,22 +116,22 @@ dtype=float32))
         outgoing, inner_state = step_if(
             won, lambda _, s: step_of(bound, s), updates, state.greedy_inner
         )
-        new_state = GreedyClipState(
-            states.after(
-                state.greedy,
-                norm=norm,
-                clipped_norm=jnp.where(won, norm * shrink(norm, bound), 0),
-                threshold=bound,
-                clipped=~won | (norm > bound),
-            ),
+        clip = states.after(
+            state.greedy,
+            norm=norm,
+            clipped_norm=jnp.where(won, norm * shrink(norm, bound), 0),
+            threshold=bound,
+            clipped=~won | (norm > bound),
+        )
+        return outgoing, GreedyClipState(
+            clip,
             jnp.where(won, winner, state.winner),
             jnp.where(won, value, state.winner_value),
             state.winless_steps + (~won).astype(jnp.int32),
             inner_state,
         )
-        return outgoing, new_state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, compiled(update))
 
 
 def _loss(extra_args: dict[str, Any], axis_name: AxisName):
