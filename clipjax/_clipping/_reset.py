@@ -4,6 +4,8 @@ Nothing is known of the optimizer: which of its arrays are moments is told by th
 shapes, which follow those of the parameters.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -4,6 +4,8 @@ The statistic is fed on every finite step, skipped or not, and with bounded numb
 it can neither be poisoned nor stand still while the training has moved on.
 """
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp

@@ -1,5 +1,7 @@
 """Clipping at whichever of some thresholds lowers the loss of the batch most."""
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple

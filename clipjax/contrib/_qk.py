@@ -4,6 +4,8 @@ No transform of updates: the largest logit is a statistic of the forward pass, a
 is scaled is the parameter itself, after the optimizer's step.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from typing import Any
 
