@@ -20,7 +20,7 @@ from .._core import checks as check, trees
 from .._core.eager import compiled
 from .._core.steps import step_if
 from .._core.types import AxisName, Number, Schedule
-from ..thresholds import History, WindowedQuantile, at_step
+from ..thresholds import History, WindowedQuantile
 
 _START = 0.01  # of the usual step is the first one after a reset; the paper's 1 - 0.99
 
@@ -112,7 +112,7 @@ def reset_moments(
         norm = norms.global_norm(updates, scaled=True, axis_name=axis_name)
         norm = norm.astype(jnp.float32)
         known = jnp.isfinite(norm)
-        rule = at_step(usual, state.step)
+        rule = trees.at_step(usual, state.step)
         bound = rule.threshold(state.reset_norms, norm)
         spike = known & (norm > bound) & (on_spike is not None)
         reset = spike | (known & _is_due(every, state))
