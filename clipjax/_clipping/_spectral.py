@@ -32,11 +32,14 @@ def spectral_clip(
 
     U ← Σᵢ min(σᵢ, c)·pᵢ·qᵢᵀ, for U = Σᵢ σᵢ·pᵢ·qᵢᵀ
 
-    The nearest matrix of spectral norm c at most.  A matrix within its bound passes bit
-    for bit.  With `response=responses.smooth` σ becomes σ/√(1 + σ²/c²) instead, which
-    changes every matrix a little: SPECTRA, meant for the update, after the optimizer
-    and with c times the learning rate as the bound there.  Scalars and vectors pass; a matrix with a NaN or an infinity passes
-    unchanged and the step is counted.
+    The nearest matrix of spectral norm c at most; use it where a few directions of an
+    update are too large, and not all of it.  A matrix within its bound passes bit for
+    bit.  Scalars and vectors pass; a matrix with a NaN or an infinity passes unchanged
+    and the step is counted.
+
+    With `response=responses.smooth` σ becomes σ/√(1 + σ²/c²) instead, which changes
+    every matrix a little: SPECTRA, meant for the update, after the optimizer and with c
+    times the learning rate as the bound there.
 
     Computed in float32 from the eigenvalues of the smaller Gram matrix, m × m, in
     O(m²·n), right to 2·10⁻⁴·c and to the rounding of the largest value; for every
