@@ -213,12 +213,15 @@ TRANSFORMS = {
         differences=True,
     ),
     "error_feedback": Row(
-        _around(compression.top_k(0.6), compression.error_feedback), {"decay": 0.6}
+        _around(compression.top_k(0.6), compression.error_feedback),
+        {"decay": 0.6},
+        differences=True,
     ),
     "deep_gradient_compression": Row(
         contrib.deep_gradient_compression,
         {"sparsity": 0.6},
         static=("allocation", "stage_steps"),
+        differences=True,
     ),
     "keep_zeros": Row(
         clipjax.constraints.keep_zeros,
