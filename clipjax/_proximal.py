@@ -1,14 +1,15 @@
 """A penalty at the end of a chain: parameters become zero where it is minimal."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
 from . import masks, prox, scopes
-from ._core import checks as check, sharding, trees
+from ._core import checks as check, emit, sharding, trees
+from ._core.eager import compiled
 from ._core.types import AxisName, Number, Schedule, Where
 from ._sparsity._store import shares_of_zeros
 
@@ -21,6 +22,14 @@ class ProximalState(NamedTuple):
     step: Int[Array, ""]  # updates seen
     prox_leaf_sparsity: dict[str, Float[Array, ""]]  # share of zeros in each leaf
     prox_total_sparsity: Float[Array, ""]  # and in all of them
+
+    keeps_zeros = True
+
+    def measured(self) -> Iterator[tuple[str, Array]]:
+        """Yields what `metrics` reads."""
+        yield "sparsity", self.prox_total_sparsity
+        for path, share in self.prox_leaf_sparsity.items():
+            yield f"sparsity/{path}", share
 
 
 def proximal(
@@ -107,7 +116,7 @@ def proximal(
         new_state = ProximalState(trees.next_step(state.step), shares, total)
         return trees.map_by_path(_step, updates, leaves, targets, results), new_state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, compiled(update))
 
 
 def _split_over(
@@ -133,19 +142,8 @@ def _sum(param: Array, update: Array) -> Array:
 def _step(update: Any, param: Array, target: Array, result: Array) -> Array:
     """Returns the update that takes a parameter to the result, unchanged if it does."""
     stays = (result == target) & (result != 0)
-    step = step_to(update, param, result)
+    step = emit.step_to(update, param, result)
     return jnp.where(stays, jnp.asarray(update, step.dtype), step)
-
-
-def step_to(update: Any, param: Array, result: Array) -> Array:
-    """Returns the step from a parameter to a result, bit for bit where that is zero.
-
-    In the dtype of the update, or of the parameter if that is wider.
-    """
-    with jax.numpy_dtype_promotion("standard"):  # this cast is meant
-        dtype = jnp.promote_types(jnp.result_type(update), param.dtype)
-    moved = (result - param.astype(result.dtype)).astype(dtype)
-    return jnp.where(result == 0, -param.astype(dtype), moved)
 
 
 def _measured(

@@ -14,7 +14,7 @@ from jax import P
 
 from clipjax import selection
 from clipjax.scores import Magnitude
-from clipjax.selection import _counts as counts
+from clipjax.selection import _counts as counts, _select
 from helpers import assert_same, integers, normal, x64
 
 N = 257
@@ -303,10 +303,10 @@ def test_a_search_is_traced_once_for_all_trees_of_the_same_shapes():
         {"a": x, "b": x[:2]} for x in (normal((3, 5)), normal((3, 5), seed=1))
     )
     selection.largest(first, 4)
-    before = selection._selected._cache_size()
+    before = _select._selected._cache_size()
     marks = selection.largest(other, 7)
     jax.jit(selection.largest, static_argnums=1)(other, 9)
-    assert selection._selected._cache_size() == before
+    assert _select._selected._cache_size() == before
     assert sum(int(mark.sum()) for mark in marks.values()) == 7
 
 

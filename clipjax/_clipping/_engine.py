@@ -8,7 +8,7 @@ time, when it is multiplied by its own row of factors.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -48,6 +48,15 @@ class ClipState(NamedTuple):
     threshold: Float[Array, ""]  # in the unit of the transform's own argument
     clipped_steps: Int[Array, ""]  # updates that were changed
     nonfinite_steps: Int[Array, ""]  # updates with a NaN or an infinity
+
+    def measured(self) -> Iterator[tuple[str, Array]]:
+        """Yields what `metrics` reads."""
+        steps = jnp.maximum(self.step, 1).astype(jnp.float32)
+        yield "norm", self.norm
+        yield "clipped_norm", self.clipped_norm
+        yield "threshold", self.threshold
+        yield "clipped_share", self.clipped_steps.astype(jnp.float32) / steps
+        yield "nonfinite_steps", self.nonfinite_steps
 
 
 class UnmeasuredState(NamedTuple):

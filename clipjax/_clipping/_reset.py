@@ -16,7 +16,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from .. import norms
-from .._core import checks as check, trees
+from .._core import checks as check, memory, trees
 from .._core.eager import compiled
 from .._core.steps import step_if
 from .._core.types import AxisName, Number, Schedule
@@ -160,7 +160,7 @@ def _grown(age: Int[Array, ""], warmup: Float[Array, ""]) -> Float[Array, ""]:
 
 def _restart(inner: Any, params: PyTree) -> Callable[[PyTree, Any], PyTree]:
     """Returns what gives a state the moments of a new one, if a condition holds."""
-    fresh, moments = inner.init(params), _moments(inner, params)
+    fresh, moments = inner.init(params), memory.moments(inner, params)
 
     def one(keys, old, new, condition):
         if trees.path(keys) not in moments:
@@ -172,33 +172,3 @@ def _restart(inner: Any, params: PyTree) -> Callable[[PyTree, Any], PyTree]:
         return jax.tree_util.tree_map_with_path(one_if, state, fresh)
 
     return restarted
-
-
-def _moments(inner: Any, params: PyTree) -> set[str]:
-    """Returns the paths of what restarts in the state of an optimizer.
-
-    Found by making the state, but for its numbers, of parameters twice as large too.
-    """
-
-    def doubled(param):
-        shape = tuple(2 * size for size in jnp.shape(param)) or (2,)
-        return jax.ShapeDtypeStruct(shape, jnp.result_type(param))
-
-    usual = trees.by_path(jax.eval_shape(inner.init, params))
-    larger = trees.by_path(jax.eval_shape(inner.init, jax.tree.map(doubled, params)))
-    names = trees.by_path(params)
-    moments = {p for p in usual if p in larger and usual[p].shape != larger[p].shape}
-    owners = {_owner(moment, names) for moment in moments}
-    return moments | {p for p in usual if _parent(p) in owners}
-
-
-def _owner(moment: str, names: Any) -> str:
-    """Returns the path of the NamedTuple in which a tree of moments is a field."""
-    ends = [name for name in names if f"/{moment}".endswith(f"/{name}")]
-    name = max(ends, key=len, default="")
-    field = moment[: -len(name)].rstrip("/") if name else moment
-    return _parent(field)
-
-
-def _parent(path: str) -> str:
-    return path.rpartition("/")[0]

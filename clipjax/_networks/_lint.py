@@ -5,7 +5,8 @@ the tuple of its members' states, in their order, and that of a wrapper holds it
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -13,28 +14,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
-from .._proximal import ProximalState
-from .._sparsity._engine import SparseState
-from .._sparsity._store import SparsifyState
-from ..constraints._keep_zeros import KeepZerosState
-from ..contrib._dual_averaging import DualAveragingState
-from ..contrib._rewinding import RewindingState
-from ..latents._latent import LatentState
-
-_PROJECTIONS = (  # what makes parameters exactly zero, and so stands last
-    SparsifyState,
-    KeepZerosState,
-    ProximalState,
-    SparseState,
-    RewindingState,
-    LatentState,
-    DualAveragingState,
-)
-_HARMLESS = (  # may follow a projection: they leave zeros at zero, or change nothing
-    *_PROJECTIONS,
-    optax.SnapshotState,
-    optax.MonitorState,
-)
+_HARMLESS = (optax.SnapshotState, optax.MonitorState)  # change no update
 _OUTSIDE = "Put the projection after the wrapper, in a chain with it"
 _BREAKS = {  # wrappers that move the parameters by more than what the projection said
     optax.contrib.ScheduleFreeState: (
@@ -147,15 +127,15 @@ def _sample() -> PyTree:
 
 
 def _findings(node: Any, place: tuple[str, ...]) -> Iterator[Finding]:
-    if isinstance(node, _PROJECTIONS):
-        if isinstance(node, SparsifyState) and not node.leaf_sparsity:
+    if _keeps_zeros(node):
+        if getattr(node, "leaf_sparsity", None) == {}:
             message = (
                 "sparsify chooses no leaf. Look at `where`; and keep it out of"
                 " `optax.flatten`, which hides all names."
             )
             yield Finding("/".join(place), message)
         return
-    if not _has(node, _PROJECTIONS):
+    if not _any(_keeps_zeros, node):
         return
     for kind, message in _BREAKS.items():
         if isinstance(node, kind):
@@ -175,10 +155,10 @@ def _in_chain(
 
     What is wrong with an earlier one, the last one mends.
     """
-    last = max(i for i, (_, node) in enumerate(members) if _has(node, _PROJECTIONS))
+    last = max(i for i, (_, node) in enumerate(members) if _any(_keeps_zeros, node))
     for name, node in members[:last]:
         for kind, message in _SPOILED.items():
-            if _has(node, (kind,)):
+            if _any(functools.partial(_is, kind), node):
                 yield Finding("/".join((*place, name)), message)
     name, node = members[last]
     yield from _findings(node, (*place, name))
@@ -192,7 +172,7 @@ def _in_chain(
 
 
 def _is_harmless(node: Any) -> bool:
-    if isinstance(node, _HARMLESS):
+    if _keeps_zeros(node) or isinstance(node, _HARMLESS):
         return True
     return _is_chain(node) and all(_is_harmless(child) for _, child in _children(node))
 
@@ -216,8 +196,14 @@ def _children(node: Any) -> list[tuple[str, Any]]:
     return [(str(i), child) for i, child in enumerate(node)]
 
 
-def _has(node: Any, kinds: tuple[type, ...]) -> bool:
-    def found(node):
-        return isinstance(node, kinds)
+def _keeps_zeros(node: Any) -> bool:
+    """Tells whether a node is the state of what makes parameters exactly zero."""
+    return getattr(node, "keeps_zeros", False) is True
 
-    return any(map(found, jax.tree.leaves(node, is_leaf=found)))
+
+def _is(kind: type, node: Any) -> bool:
+    return isinstance(node, kind)
+
+
+def _any(holds: Callable[[Any], bool], node: Any) -> bool:
+    return any(map(holds, jax.tree.leaves(node, is_leaf=holds)))

@@ -1,18 +1,11 @@
 """What the transforms of a chain measured, read from the optimizer's state."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from .._clipping._engine import ClipState
 from .._core import trees
-from .._proximal import ProximalState
-from .._sparsity._store import SparsifyState
-
-_STATES = (ClipState, SparsifyState, ProximalState)
 
 
 def metrics(opt_state: PyTree) -> dict[str, Array]:
@@ -50,7 +43,7 @@ def metrics(opt_state: PyTree) -> dict[str, Array]:
 'nonfinite_steps': 0.0}
     """
     found = [
-        (trees.path(keys).removesuffix("/clip"), _of_state(state))
+        (trees.path(keys).removesuffix("/clip"), dict(_plain(state).measured()))
         for keys, state in jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=_ours)
         if _ours(state)
     ]
@@ -63,34 +56,19 @@ def metrics(opt_state: PyTree) -> dict[str, Array]:
 
 
 def _ours(node: Any) -> bool:
-    return isinstance(node, _STATES)
+    return callable(getattr(node, "measured", None))
 
 
-def _of_state(state: ClipState | SparsifyState | ProximalState) -> dict[str, Array]:
-    if isinstance(state, ClipState):
-        return dict(_clip(state))
-    if isinstance(state, ProximalState):
-        return dict(_sparsity(state.prox_total_sparsity, state.prox_leaf_sparsity))
-    return dict(_sparsity(state.total_sparsity, state.leaf_sparsity))
+def _plain(state: Any) -> Any:
+    """Takes arrays out of the variables in which NNX keeps them."""
+    return state._make(
+        {path: _array(own) for path, own in field.items()}
+        if isinstance(field, dict)
+        else _array(field)
+        for field in state
+    )
 
 
-def _clip(state: ClipState) -> Iterator[tuple[str, Array]]:
-    plain = ClipState(*(_plain(field) for field in state))
-    steps = jnp.maximum(plain.step, 1).astype(jnp.float32)
-    yield "norm", plain.norm
-    yield "clipped_norm", plain.clipped_norm
-    yield "threshold", plain.threshold
-    yield "clipped_share", plain.clipped_steps.astype(jnp.float32) / steps
-    yield "nonfinite_steps", plain.nonfinite_steps
-
-
-def _sparsity(total: Any, leaves: dict[str, Any]) -> Iterator[tuple[str, Array]]:
-    yield "sparsity", _plain(total)
-    for path, share in leaves.items():
-        yield f"sparsity/{path}", _plain(share)
-
-
-def _plain(field: Any) -> Array:
-    """Takes an array out of the variable in which NNX keeps it."""
-    (array,) = jax.tree.leaves(field)
+def _array(variable: Any) -> Array:
+    (array,) = jax.tree.leaves(variable)
     return array

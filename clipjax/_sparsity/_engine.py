@@ -14,10 +14,11 @@ import optax
 from jaxtyping import Array, Int
 
 from .. import masks
-from .._core import checks as check, trees
+from .._core import checks as check, emit, trees
+from .._core.eager import compiled
 from .._core.memory import restarted
 from ._ranked import Now
-from ._store import Leaves, Masks, SparsifyState, Store, hidden, is_due, projected
+from ._store import Leaves, Masks, SparsifyState, Store, hidden, is_due
 
 
 class SparseState(NamedTuple):
@@ -26,6 +27,8 @@ class SparseState(NamedTuple):
     sparse: SparsifyState
     masks_made: Int[Array, ""]
     sparse_inner: Any
+
+    keeps_zeros = True
 
 
 @runtime_checkable
@@ -109,7 +112,7 @@ def masked(
             seen(updates), inner_state, seen(params), **extra_args
         )
         number = state.masks_made + made.astype(jnp.int32)
-        outgoing = trees.map_by_path(projected, outgoing, leaves, kept)
+        outgoing = trees.map_by_path(emit.kept, outgoing, leaves, kept)
         return outgoing, SparseState(after, number, inner_state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, compiled(update))

@@ -3,10 +3,11 @@
 import optax
 
 from .. import allocations, masks, patterns, scores
-from .._core import checks as check, trees
+from .._core import checks as check, emit, trees
+from .._core.eager import compiled
 from .._core.types import AxisName, Number, Schedule, Where
 from ._ranked import Now, Ranked
-from ._store import Store, is_due, projected
+from ._store import Store, is_due
 
 
 def sparsify(
@@ -97,6 +98,6 @@ def sparsify(
             is_due(state, every),
             lambda old: rule.masks(now, old),
         )
-        return trees.map_by_path(projected, updates, leaves, read()), state
+        return trees.map_by_path(emit.kept, updates, leaves, read()), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, compiled(update))

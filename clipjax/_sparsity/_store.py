@@ -1,7 +1,7 @@
 """Masks between two steps: which leaves have one, how it is kept, when it is due."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +28,14 @@ class SparsifyState(NamedTuple):
     leaf_sparsity: dict[str, Float[Array, ""]]  # share of zeros in each leaf's mask
     total_sparsity: Float[Array, ""]  # and in all of them
     score_memory: dict[str, Array]  # empty if the score has none
+
+    keeps_zeros = True
+
+    def measured(self) -> Iterator[tuple[str, Array]]:
+        """Yields what `metrics` reads."""
+        yield "sparsity", self.total_sparsity
+        for path, share in self.leaf_sparsity.items():
+            yield f"sparsity/{path}", share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,13 +170,6 @@ def is_due(state: SparsifyState, every: Number | Schedule) -> Bool[Array, ""]:
 def hidden(leaf: Any, mask: Bool[Array, "..."]) -> Array:
     """Returns a leaf with zeros for what is not kept."""
     return masks.apply(mask, leaf)
-
-
-def projected(update: Any, param: Array, mask: Bool[Array, "..."]) -> Array:
-    """Returns the update that takes what is not kept to zero."""
-    with jax.numpy_dtype_promotion("standard"):  # this cast is meant
-        dtype = jnp.promote_types(jnp.result_type(update), jnp.result_type(param))
-    return jnp.where(mask, jnp.asarray(update, dtype), -param.astype(dtype))
 
 
 def pack(

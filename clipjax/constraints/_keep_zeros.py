@@ -8,6 +8,7 @@ from jaxtyping import Array, Int
 
 from .. import masks
 from .._core import checks as check, trees
+from .._core.eager import compiled
 from .._core.types import Where
 
 
@@ -15,6 +16,8 @@ class KeepZerosState(NamedTuple):
     """What `keep_zeros` remembers: the zeros are in the parameters themselves."""
 
     step: Int[Array, ""]
+
+    keeps_zeros = True
 
 
 def keep_zeros(
@@ -56,7 +59,7 @@ def keep_zeros(
         kept = trees.map_by_path(_kept, updates, chosen)
         return kept, KeepZerosState(trees.next_step(state.step))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, compiled(update))
 
 
 def _kept(update: Any, param: Array) -> Array:

@@ -8,9 +8,9 @@ import optax
 from jaxtyping import Array, Int, PyTree
 
 from .. import masks, norms, prox
-from .._core import checks as check, trees
+from .._core import checks as check, emit, trees
+from .._core.eager import compiled
 from .._core.types import AxisName, Number, Schedule, Where
-from .._proximal import step_to
 
 
 class DualAveragingState(NamedTuple):
@@ -20,6 +20,8 @@ class DualAveragingState(NamedTuple):
     averaged_steps: Int[Array, ""]  # and those that were finite
     gradient_mean: PyTree  # in float32 or wider
     start: PyTree  # the first parameters, likewise
+
+    keeps_zeros = True
 
 
 def regularized_dual_averaging(
@@ -97,22 +99,24 @@ def regularized_dual_averaging(
 
         means = trees.map_by_path(average, state.gradient_mean, gradients)
 
-        def emit(gradient, param, path, mean, start):
+        def emitted(gradient, param, path, mean, start):
             far = eta.astype(_real(mean)) * jnp.sqrt(steps.astype(_real(mean)))
             target = start - far.astype(mean.dtype) * mean
             if where(path, param):
                 target = prox.L1(strength).prox(target, far)
-            step = step_to(gradient, param, target)
+            step = emit.step_to(gradient, param, target)
             return jnp.where(finite, step, jnp.zeros_like(step))
 
         paths = {path: path for path in leaves}
         means_by_path, starts = trees.by_path(means), trees.by_path(state.start)
-        emitted = trees.map_by_path(emit, updates, leaves, paths, means_by_path, starts)
-        return emitted, DualAveragingState(
+        outgoing = trees.map_by_path(
+            emitted, updates, leaves, paths, means_by_path, starts
+        )
+        return outgoing, DualAveragingState(
             trees.next_step(state.step), steps, means, state.start
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, compiled(update))
 
 
 def _copy(param: Any) -> Array | None:

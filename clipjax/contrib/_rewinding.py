@@ -8,7 +8,8 @@ import optax
 from jaxtyping import Array, Int, PyTree
 
 from .. import allocations, masks, patterns
-from .._core import checks as check, sharding, trees
+from .._core import checks as check, emit, sharding, trees
+from .._core.eager import compiled
 from .._core.types import AxisName, Number, Schedule, Where
 from .._sparsity._store import (
     SparsifyState,
@@ -16,7 +17,6 @@ from .._sparsity._store import (
     check_storage,
     hidden,
     is_due,
-    projected,
 )
 from ..allocations import Allocation
 
@@ -30,6 +30,8 @@ class RewindingState(NamedTuple):
     rounds_done: Int[Array, ""]
     rewound: dict[str, Array]  # by path, the parameters to return to
     rewinding_inner: Any
+
+    keeps_zeros = True
 
 
 def rewinding(
@@ -167,8 +169,8 @@ def rewinding(
         )
 
         def toward(update, param, end):
-            update = _as_wide(update, param)
-            return jnp.where(rewinds, (end - param).astype(update.dtype), update)
+            back = emit.step_to(update, param, end)
+            return jnp.where(rewinds, back, emit.widened(update, param))
 
         outgoing = trees.map_by_path(toward, outgoing, own, early)
         age = jnp.where(made, 1 - _STEPS, trees.next_step(now.mask_age))
@@ -178,9 +180,9 @@ def rewinding(
             early,
             inner_state,
         )
-        return trees.map_by_path(projected, outgoing, leaves, kept), new_state
+        return trees.map_by_path(emit.kept, outgoing, leaves, kept), new_state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, compiled(update))
 
 
 def _anew(inner: optax.GradientTransformation, params: PyTree, old: PyTree) -> PyTree:
@@ -202,11 +204,6 @@ def _check_first_round(every: Number | Schedule, rewind_step: Number) -> None:
             f"rewind_step must be below every, {every}, but is {rewind_step}: only the"
             " first round has parameters to return to."
         )
-
-
-def _as_wide(update: Array, param: Array) -> Array:
-    """Casts an update to its parameter's dtype, if that is wider."""
-    return projected(update, param, masks.full(param))
 
 
 def _at(

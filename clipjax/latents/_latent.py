@@ -2,13 +2,13 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
 from .. import allocations, masks, norms, patterns, scores
-from .._core import checks as check, trees
+from .._core import checks as check, emit, trees
+from .._core.eager import compiled
 from .._core.types import AxisName, Number, Schedule, Where
 from .._sparsity._store import SparsifyState
 from ._masks import Masking, kept_of
@@ -25,6 +25,8 @@ class LatentState(NamedTuple):
     fixed_thresholds: dict[str, Float[Array, ""]]  # empty if a sparsity is given
     explored_bits: dict[str, Array]  # empty if all entries get a gradient
     latent_inner: Any
+
+    keeps_zeros = True
 
 
 def latent(
@@ -154,13 +156,13 @@ def latent(
             known, state._replace(latent_masks=tracked), weights, slopes
         )
 
-        def emit(update, param, weight, path):
+        def emitted(update, param, weight, path):
             mask = kept_of(masked, path, weight)
-            return _difference(update, param, masks.apply(mask, weight))
+            return emit.step_to(update, param, masks.apply(mask, weight))
 
         outgoing = trees.map_by_path(lambda _, other: other, updates, others)
         paths = {path: path for path in weights}
-        outgoing = trees.map_by_path(emit, outgoing, leaves, weights, paths)
+        outgoing = trees.map_by_path(emitted, outgoing, leaves, weights, paths)
         new_state = LatentState(
             masked,
             moved.latents,
@@ -171,12 +173,4 @@ def latent(
         )
         return outgoing, new_state
 
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _difference(update: Any, param: Array, weights: Array) -> Array:
-    """Returns what takes a parameter to new weights, to zero exactly."""
-    with jax.numpy_dtype_promotion("standard"):  # these casts are meant
-        dtype = jnp.promote_types(jnp.result_type(update), param.dtype)
-    rounded = weights.astype(param.dtype)
-    return rounded.astype(dtype) - param.astype(dtype)
+    return optax.GradientTransformationExtraArgs(init, compiled(update))

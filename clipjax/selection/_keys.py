@@ -4,24 +4,19 @@ A pass makes the integers anew from the floats, which is cheaper than to write t
 read them again.  XLA has to be kept from doing so once, before a loop of passes.
 """
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Array, Float, Int, Num
 
 from .._core import sharding
 from .._core.types import AxisName
 from . import _counts as counts, _reductions as passes
-from ._counts import Count
 
 _MOST = 2**31 - 2  # entries of one array, so that places fit an int32
-
-Keys = Callable[[Array], Int[Array, "..."]]
-"""Makes the keys of one array; the argument is any value that the pass depends on."""
 
 
 class Magnitude(NamedTuple):
@@ -34,52 +29,44 @@ class Magnitude(NamedTuple):
     x: Array
 
 
-class Ranked(NamedTuple):
-    """Entries as integers in the order of their rank, in groups."""
+class Candidates(NamedTuple):
+    """Arrays whose entries are ranked, or the magnitudes of these."""
 
-    keys: list[Keys]
-    groups: tuple[int, ...]
+    scores: Sequence[Array | Magnitude]
     axis_name: AxisName
-    dtype: Any
-    entries: tuple[int, ...]  # of each array, over all devices
-    is_split: bool  # an array may lie on several devices
+    dtype: Any  # of the keys
+    sizes: tuple[int, ...]  # entries of each array, over all devices
 
-    def sizes(self) -> Count:
-        """Returns the entries of every group."""
-        sizes = [0] * (max(self.groups) + 1)
-        for entries, group in zip(self.entries, self.groups, strict=True):
-            sizes[group] += entries
-        return counts.of(sizes)
+    def is_split(self) -> bool:
+        """Tells whether an array may lie on several devices."""
+        arrays = map(array_of, self.scores)
+        return bool(self.axis_name) or any(map(sharding.is_partitioned, arrays))
+
+    def keys(self, i: int, after: Array) -> Int[Array, "..."]:
+        """Makes the keys of an array anew; `after` is what the pass depends on."""
+        own = self.scores[i]
+        x, _ = lax.optimization_barrier((array_of(own), after))
+        key = magnitude_key if isinstance(own, Magnitude) else key_of
+        return key(x, self.dtype)
 
 
-def ranked(
-    scores: Sequence[Array | Magnitude], groups: Sequence[int], axis_name: AxisName
-) -> Ranked:
-    """Ranks arrays by their entries, or by the magnitudes of these."""
-    makers = [magnitude_key if isinstance(x, Magnitude) else key_of for x in scores]
-    arrays = [x.x if isinstance(x, Magnitude) else x for x in scores]
+def candidates(scores: Sequence[Array | Magnitude], axis_name: AxisName) -> Candidates:
+    """Returns arrays that can be ranked together."""
+    arrays = [array_of(x) for x in scores]
     is_double = any(x.dtype in (jnp.float64, jnp.complex128) for x in arrays)
-    dtype = jnp.int64 if is_double else jnp.int32
-    entries = tuple(x.size * sharding.blocks(x, axis_name) for x in arrays)
-    largest = max(entries, default=0)
+    sizes = tuple(x.size * sharding.blocks(x, axis_name) for x in arrays)
+    largest = max(sizes, default=0)
     if largest > _MOST:
         raise ValueError(
             f"An array of {largest} entries is too large to be ranked: at most {_MOST}."
             " Split it along its first axis."
         )
-    keys = [
-        functools.partial(_anew, key, x, dtype)
-        for key, x in zip(makers, arrays, strict=True)
-    ]
-    is_split = bool(axis_name) or any(sharding.is_partitioned(x) for x in arrays)
-    return Ranked(keys, tuple(groups), axis_name, dtype, entries, is_split)
+    return Candidates(scores, axis_name, jnp.int64 if is_double else jnp.int32, sizes)
 
 
-def _anew(
-    key: Callable[[Array, Any], Array], x: Array, dtype: Any, after: Array
-) -> Int[Array, "..."]:
-    x, _ = lax.optimization_barrier((x, after))
-    return key(x, dtype)
+def array_of(scores: Array | Magnitude) -> Array:
+    """Returns the array that is read."""
+    return scores.x if isinstance(scores, Magnitude) else scores
 
 
 def key_of(x: Float[Array, "..."], dtype: Any) -> Int[Array, "..."]:
@@ -108,115 +95,89 @@ def value_of(key: Int[Array, ""]) -> Float[Array, ""]:
     return jnp.where(key < 0, -value, value)
 
 
-def ahead(make: Keys, mask: Bool[Array, "..."], after: Array) -> Int[Array, "..."]:
-    """Ranks what is marked before all the rest."""
-    keys = make(after)
-    return jnp.where(mask, jnp.iinfo(keys.dtype).max - 1, keys)
+def places(
+    x: Array, axis_name: AxisName, zero: Int[Array, ""] | int = 0
+) -> Int[Array, "..."]:
+    """Numbers the entries in the order of their indices, device after device.
 
-
-def count(ranked: Ranked, thresholds: Int[Array, "groups n"]) -> Count:
-    """Counts in every group the keys that reach each of its thresholds."""
-    reach: dict[tuple[str, ...], list] = {}
-    for make, group in zip(ranked.keys, ranked.groups, strict=True):
-        key = make(thresholds)
-        axes = sharding.axes_of(key, ranked.axis_name)
-        passing = counts.passing([key >= least for least in thresholds[group]])
-        reach.setdefault(axes, []).append((group, passing))
-    parts = []
-    for axes, found in reach.items():  # one collective for all arrays
-        every = counts.of(jnp.stack([number for _, number in found]))
-        part = _per_group(every, [group for group, _ in found], len(thresholds))
-        parts.append(counts.normal(*lax.psum(tuple(part), axes)) if axes else part)
-    return counts.total(counts.stack(parts))
-
-
-def _per_group(every: Count, index: list[int], groups: int) -> Count:
-    """Adds up the counts of the arrays of each group."""
-    if index == list(range(groups)):  # each array is its own group
-        return every
-    own = [[i for i, g in enumerate(index) if g == group] for group in range(groups)]
-    pick = [Count(*(word[np.asarray(i, int)] for word in every)) for i in own]
-    return counts.stack([counts.total(count) for count in pick])
-
-
-def samples(ranked: Ranked, strides: Sequence[int]) -> list[Int[Array, " n"]]:
-    """Returns of every group about every so manieth key, without reading the others."""
-    parts: list[list[Array]] = [[jnp.zeros(1, ranked.dtype)] for _ in strides]
-    for make, group in zip(ranked.keys, ranked.groups, strict=True):
-        key, stride = make(jnp.zeros([])), strides[group]
-        steps = []
-        for length in key.shape:  # whole rows, as far as possible
-            steps.append(slice(None, None, max(min(stride, length), 1)))
-            stride //= max(min(stride, length), 1)
-        parts[group].append(key[tuple(steps)].reshape(-1))
-    return [jnp.concatenate(own) for own in parts]
-
-
-def first_places(
-    ranked: Ranked, keys: Int[Array, " arrays"]
-) -> tuple[Int[Array, " arrays"], Count]:
-    """Returns where each array first holds a key, and how often it does."""
-    first, often = [], []
-    for i, (make, size) in enumerate(zip(ranked.keys, ranked.entries, strict=True)):
-        key = make(keys)
-        place = places(key, ranked.axis_name)
-        least, number = _first_and_count(key == keys[i], place, size)
-        first.append(sharding.over(lax.pmin, least, key, ranked.axis_name))
-        often.append(sharding.over(lax.psum, number, key, ranked.axis_name))
-    return jnp.stack(first), counts.of(jnp.stack(often))
-
-
-def _first_and_count(
-    here: Bool[Array, "..."], place: Int[Array, "..."], size: int
-) -> tuple[Int[Array, ""], Int[Array, ""]]:
-    """Returns the least place that is marked, and how many are."""
-    place = jnp.where(here, place, size)
-    if sharding.is_partitioned(place):
-        return jnp.min(place, initial=size), jnp.sum(here, dtype=jnp.int32)
-
-    def merge(left, right):
-        return lax.min(left[0], right[0]), left[1] + right[1]
-
-    start = (np.int32(size), np.int32(0))
-    least, number = passes.reduce((place, here.astype(jnp.int32)), start, merge)
-    return least, number
-
-
-def places(x: Array, axis_name: AxisName) -> Int[Array, "..."]:
-    """Numbers the entries in the order of their indices, device after device."""
-    place = jnp.zeros(x.shape, jnp.int32)
-    for axis, length in enumerate(x.shape):
-        place = place * length + lax.broadcasted_iota(jnp.int32, x.shape, axis)
-    device = jnp.int32(0)
+    Args:
+        x: the array.
+        axis_name: inside `jax.shard_map`, the mesh axes over which it is split.
+        zero: a traced one keeps XLA from numbering once, before a loop of passes.
+    """
+    device = jnp.asarray(zero, jnp.int32)
     for name in sharding.axes_of(x, axis_name):
         device = device * lax.axis_size(name) + lax.axis_index(name)
-    return sharding.like(place, x) + device * jnp.int32(x.size)
+    place = jnp.broadcast_to(device, x.shape)
+    for axis, length in enumerate(x.shape):
+        place = place * length + lax.broadcasted_iota(jnp.int32, x.shape, axis)
+    return sharding.like(place, x)
 
 
-def ends(
-    ranked: Ranked, low: Int[Array, " groups"], high: Int[Array, " groups"]
-) -> tuple[Array, Array]:
-    """Returns of every group the least key from `low` on, the most below `high`."""
-    result = [jnp.full(2, -jnp.iinfo(ranked.dtype).max, ranked.dtype)] * len(low)
-    for make, group in zip(ranked.keys, ranked.groups, strict=True):
-        key = make(low)
-        peaks = _peaks(key, low[group], high[group])
-        peaks = sharding.over(lax.pmax, peaks, key, ranked.axis_name)
-        result[group] = jnp.maximum(result[group], peaks)
-    return -jnp.stack(result)[:, 0], jnp.stack(result)[:, 1]
+def reached(
+    these: Candidates,
+    thresholds: Int[Array, "arrays n"],
+    tie: Int[Array, " arrays"] | None,
+) -> Int[Array, "arrays n"]:
+    """Counts in every array the keys that reach each of its thresholds.
+
+    Where a key is tied, its entries rank by their place, the first highest, and all
+    others below them.
+    """
+    numbers: dict[int, Array] = {}
+    split: dict[tuple[str, ...], list[int]] = {}
+    for i in range(len(these.sizes)):
+        keys = these.keys(i, thresholds)
+        keys = keys if tie is None else _by_place(these, i, keys, tie[i])
+        numbers[i] = counts.passing([keys >= least for least in thresholds[i]])
+        split.setdefault(sharding.axes_of(keys, these.axis_name), []).append(i)
+    for axes, own in split.items():  # one collective for all arrays
+        if axes:
+            summed = lax.psum(jnp.stack([numbers[i] for i in own]), axes)
+            numbers |= dict(zip(own, summed, strict=True))
+    return jnp.stack([numbers[i] for i in range(len(numbers))]).astype(jnp.int32)
 
 
-def _peaks(
-    key: Int[Array, "..."], low: Int[Array, ""], high: Int[Array, ""]
-) -> Int[Array, " 2"]:
-    """Returns -(the least key from `low` on) and the greatest below `high`."""
-    end = jnp.asarray(jnp.iinfo(key.dtype).max, key.dtype)
-    least, most = jnp.where(key >= low, -key, -end), jnp.where(key < high, key, -end)
-    if sharding.is_partitioned(key):
-        return jnp.stack([jnp.max(x, initial=-end) for x in (least, most)])
+def _by_place(
+    these: Candidates, i: int, keys: Int[Array, "..."], tie: Int[Array, ""]
+) -> Int[Array, "..."]:
+    """Ranks those with one key by their place, unless that is the least integer."""
+    zero, _ = lax.optimization_barrier((jnp.int32(0), tie))
+    rank = these.sizes[i] - 1 - places(keys, these.axis_name, zero)
+    rank = jnp.where(keys == tie, rank.astype(keys.dtype), -1)
+    return jnp.where(tie == jnp.iinfo(keys.dtype).min, keys, rank)
 
-    def merge(left, right):
-        return tuple(lax.max(a, b) for a, b in zip(left, right, strict=True))
 
-    start = (-np.asarray(jnp.iinfo(key.dtype).max, key.dtype),) * 2
-    return jnp.stack(passes.reduce((least, most), start, merge))
+def least_from(these: Candidates, low: Int[Array, " arrays"]) -> Int[Array, " arrays"]:
+    """Returns the least key of each array that reaches `low`."""
+    low = lax.optimization_barrier(low)
+    return jnp.stack([_least_from(these, i, low) for i in range(len(these.sizes))])
+
+
+def _least_from(
+    these: Candidates, i: int, low: Int[Array, " arrays"]
+) -> Int[Array, ""]:
+    keys, end = these.keys(i, low), jnp.iinfo(these.dtype).max
+    keys = jnp.where(keys >= low[i], keys, end)
+    if sharding.is_partitioned(keys):
+        least = jnp.min(keys, initial=end)
+    else:  # two are faster than one
+
+        def merge(left, right):
+            return lax.min(left[0], right[0]), lax.max(left[1], right[1])
+
+        ends = np.asarray(end, keys.dtype), np.asarray(-end, keys.dtype)
+        least, _ = passes.reduce((keys, keys), ends, merge)
+    return sharding.over(lax.pmin, least, keys, these.axis_name)
+
+
+def sample(these: Candidates, members: Sequence[int], stride: int) -> Int[Array, " n"]:
+    """Returns every `stride`-th key of some arrays, or about that."""
+    parts = [jnp.zeros(1, these.dtype)]
+    for i in members:
+        keys, left, steps = these.keys(i, jnp.zeros([])), stride, []
+        for length in keys.shape:  # whole rows, as far as possible
+            steps.append(slice(None, None, max(min(left, length), 1)))
+            left //= max(min(left, length), 1)
+        parts.append(keys[tuple(steps)].reshape(-1))
+    return jnp.concatenate(parts)

@@ -13,7 +13,8 @@ from .._core import sharding
 from .._core.types import AxisName
 from . import _counts as counts, _keys as ranking, _search as search
 from ._counts import Count
-from ._keys import Magnitude, Ranked
+from ._keys import Candidates, Magnitude
+from ._turns import in_turns
 
 
 def kth_largest(
@@ -36,7 +37,7 @@ def kth_largest(
         Array(6., dtype=float32)
     """
     scores = [Magnitude(x) for x in jax.tree.leaves(tree)]
-    size = sum(ranking.ranked(scores, [0] * len(scores), axis_name).entries)
+    size = sum(ranking.candidates(scores, axis_name).sizes)
     if not size or (isinstance(k, int) and not 1 <= k <= size):
         raise ValueError(
             f"k must lie between 1 and the number of entries, {size}, but is {k}."
@@ -84,7 +85,7 @@ def select(
             scores the first is marked first.
         kept: how many to mark in each group; all of it where there are not so many.
         groups: the group of each array of scores, counted from zero.
-        floors: how many of each array to mark before the groups are compared.
+        floors: how many of each array to mark in any case.
         axis_name: inside `jax.shard_map`, the mesh axes over which arrays are split.
 
     Example:
@@ -95,7 +96,7 @@ def select(
     names = sharding.axis_names(axis_name)
     kept = counts.of(kept)
     groups, floors = tuple(map(int, groups)), tuple(map(int, floors))
-    return _selected(list(scores), kept, groups, floors, names)
+    return _selected(list(scores), kept, groups, floors, names) if scores else []
 
 
 # Compiled, or an eager call would write every step of a search to memory, and traced
@@ -106,9 +107,10 @@ def select(
 def _value(
     scores: list[Magnitude], kept: Count, axes: tuple[str, ...]
 ) -> Float[Array, ""]:
-    ranked = ranking.ranked(scores, [0] * len(scores), axes)
-    bracket = search.search(ranked, kept)
-    return ranking.value_of(search.answer(ranked, kept, bracket)[0])
+    these = ranking.candidates(scores, axes)
+    task = _task(these, kept, (0,) * len(scores), ())
+    ends = search.search(task._replace(by_place=False))
+    return ranking.value_of(jnp.min(ranking.least_from(these, ends.key)))
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
@@ -119,76 +121,42 @@ def _selected(
     floors: tuple[int, ...],
     axes: tuple[str, ...],
 ) -> list[Bool[Array, "..."]]:
-    ranked = ranking.ranked(scores, groups, axes)
-    if any(floors):
-        own = ranked._replace(groups=tuple(range(len(scores))))
-        first = _marks(own, counts.of(floors))
-        keys = [
-            functools.partial(ranking.ahead, make, mask)
-            for make, mask in zip(ranked.keys, first, strict=True)
-        ]
-        needed = [0] * (max(groups) + 1)
-        for floor, group in zip(floors, groups, strict=True):
-            needed[group] += floor
-        least = counts.of(needed)
-        kept = counts.where(kept.at_least(least), kept, least)
-        ranked = ranked._replace(keys=keys)
-    return _marks(ranked, kept)
+    these = ranking.candidates(scores, axes)
+    task = _task(these, kept, groups, floors)
+    if task.competes or these.is_split():
+        return _marks(these, search.search(task))
+
+    def mark(scores, kept, active):
+        now = ranking.candidates(scores, axes)
+        kept = counts.where(active, kept, counts.of(0))
+        return _marks(now, search.search(_task(now, kept, range(len(scores)), ())))
+
+    return in_turns(mark, scores, task.kept)
 
 
-def _marks(ranked: Ranked, kept: Count) -> list[Bool[Array, "..."]]:
-    """Marks exactly `kept` entries of every group, ties in the order of their place."""
-    if not ranked.keys:
-        return []
-    kept = counts.clip(kept, counts.of(0), ranked.sizes())
-    bracket = search.search(ranked, kept)
-    lowest, highest = search.exact(kept, bracket)
-    group = np.asarray(ranked.groups)
-    _, most = ranking.ends(ranked, bracket.low, bracket.high)
-    tie = lax.optimization_barrier(jnp.where(highest, most, bracket.low)[group])
-    first, ties = ranking.first_places(ranked, tie)
-    none = counts.of(jnp.zeros_like(first))
-    # The first arrays of a group mark all of the ties that they can.
-    wanted = (kept - bracket.reach_high).at(group)
-    taken = counts.filled(wanted, ties, groups=ranked.groups)
-    taken = counts.where(lowest[group], none, taken)
-    ends = jnp.where(taken.equals(counts.of(1)), first + 1, 0)
-    ends = lax.cond(
-        jnp.any(~counts.of(1).at_least(taken)),
-        lambda: _tie_ends(ranked, tie, taken, ties),
-        lambda: ends,
+def _task(
+    these: Candidates, kept: Count, groups: Sequence[int], floors: Sequence[int]
+) -> search.Task:
+    """Keeps no fewer of a group than its floors, and no more than there are."""
+    floor = np.minimum(floors or (0,) * len(groups), these.sizes).astype(np.int32)
+    least, most = ([0] * (max(groups) + 1) for _ in range(2))
+    for group, low, size in zip(groups, floor, these.sizes, strict=True):
+        least[group] += int(low)
+        most[group] += size
+    kept = counts.clip(kept, counts.of(least), counts.of(most))
+    return search.Task(
+        these, kept.at(np.asarray(groups)), tuple(groups), floor, by_place=True
     )
-    least = jnp.where(lowest, bracket.low, bracket.high)[group]
-    # Held back, or XLA would compute all of the above once an entry.
-    least, ends = lax.optimization_barrier((least, ends))
+
+
+def _marks(these: Candidates, ends: search.Ends) -> list[Bool[Array, "..."]]:
+    """Marks what ranks above the end of its array, ties in the order of places."""
+    # Held back, or XLA would compute all of the search once an entry.
+    key, place = lax.optimization_barrier(tuple(ends))
     marks = []
-    for i, make in enumerate(ranked.keys):
-        key = make(least)
-        tied = (key == tie[i]) & (ranking.places(key, ranked.axis_name) < ends[i])
-        marks.append((key >= least[i]) | tied)
+    for i in range(len(these.sizes)):
+        keys = these.keys(i, key)
+        tied = keys == key[i]
+        tied &= ranking.places(keys, these.axis_name) < place[i]
+        marks.append((keys > key[i]) | tied)
     return marks
-
-
-def _tie_ends(
-    ranked: Ranked,
-    tie: Int[Array, " arrays"],
-    taken: Count,
-    ties: Count,
-) -> Int[Array, " arrays"]:
-    """Returns before which place a tie counts, by one more search, for the place.
-
-    The first of the ties ranks highest.
-    """
-    size = jnp.asarray(ranked.entries, jnp.int32)
-
-    def rank(make, i, after):
-        key = make(after)
-        place = ranking.places(key, ranked.axis_name)
-        return jnp.where(key == tie[i], size[i] - 1 - place, -1)
-
-    keys = [functools.partial(rank, make, i) for i, make in enumerate(ranked.keys)]
-    each = tuple(range(len(keys)))
-    places = ranked._replace(keys=keys, groups=each, dtype=jnp.int32)
-    some = ~taken.equals(counts.of(0))
-    bracket = search.close_in(places, taken, search.between(size, ties, some))
-    return jnp.where(some, size - search.answer(places, taken, bracket), 0)
