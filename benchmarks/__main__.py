@@ -22,6 +22,7 @@ import optax
 
 from . import (
     behavior,
+    compile,
     frontier,
     methods_report,
     selection,
@@ -66,6 +67,24 @@ On 12.6 million parameters:
 On 100.8 million, in eight blocks:
 
 {large}
+""",
+    "compile": """The program that a transform adds
+
+Of `update` alone, on trees of real networks, by shape: StableHLO operations, loops and
+branches before optimization, CPU seconds to trace and to compile, and their ratios to
+the peer's. `adaptive_grad_clip` and `adaptive_clip` stand against Optax's
+`adaptive_grad_clip`, `sparsify(ramp, every=100)` and `rigl(adamw)` against AdamW, and
+`chain`, which is that of the README, against Optax's clip by global norm and AdamW.
+
+{programs}
+
+Outside of `jax.jit`, on a small tree with GPT-2's 148 leaves:
+
+{eager}
+
+What a reader visits, from the factory to the traced update:
+
+{walk}
 """,
     "behavior": """What clips do to spikes, rises and falls
 
@@ -150,6 +169,10 @@ def tables(name):
         case "steps":
             large = steps.table(blocks=8, rounds=7)
             return {"steps": steps.table(), "large": large}
+        case "compile":
+            walk, eager = compile.walk_table(), compile.eager_table()
+            programs = compile.programs_table()
+            return {"programs": programs, "eager": eager, "walk": walk}
         case "behavior":
             return {"behavior": behavior.table()}
         case "training":

@@ -10,6 +10,7 @@ from jaxtyping import Array, Int, PyTree
 from .. import norms
 from .._core import checks as check, trees
 from .._core.dtypes import common
+from .._core.eager import compiled
 from .._core.types import AxisName
 
 
@@ -42,7 +43,8 @@ def carry_clipped(
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> tx = carry_clipped(optax.clip(1.0))
+        >>> import clipjax, jax.numpy as jnp, optax
+        >>> tx = clipjax.carry_clipped(optax.clip(1.0))
         >>> state = tx.init(jnp.zeros(2))
         >>> for size in [3.0, 0.0, 0.5, 0.0]:
         ...     u, state = tx.update(jnp.array([size, 0.25]), state)
@@ -67,29 +69,31 @@ def carry_clipped(
         )
 
     def update(updates, state, params=None, **extra_args):
-        carry = trees.by_path(state.carry)
-        total = trees.map_by_path(_add, updates, carry)
+        total = trees.map_by_path(_add, updates, trees.by_path(state.carry))
         fits = jnp.isfinite(norms.inf_norm(total, axis_name=axis_name))
-        incoming = jax.tree.map(
-            lambda t, u: jnp.where(fits, t, _like(u, t)) if trees.is_float(u) else u,
-            total,
-            updates,
-        )
+
+        def chosen(total, update):
+            if not trees.is_float(update):
+                return update
+            return jnp.where(fits, total, jnp.asarray(update, total.dtype))
+
+        def left(carry, total, outgoing):
+            rest = (total - jnp.asarray(outgoing, total.dtype)).astype(carry.dtype)
+            return jnp.where(fits & jnp.isfinite(rest), rest, carry)
+
+        incoming = jax.tree.map(chosen, total, updates)
         outgoing, inner_state = inner.update(
             incoming, state.carry_inner, params, **extra_args
         )
-        outgoing = jax.tree.map(_round, outgoing, updates)
+        outgoing = jax.tree.map(_rounded, outgoing, updates)
+        totals, sent = trees.floats(total), trees.floats(outgoing)
+        return outgoing, CarryClippedState(
+            trees.next_step(state.step),
+            trees.map_by_path(left, state.carry, totals, sent),
+            inner_state,
+        )
 
-        def left(old, total, out):
-            rest = (total - _like(out, total)).astype(old.dtype)
-            return jnp.where(fits & jnp.isfinite(rest), rest, old)
-
-        sums, outs = trees.floats(total), trees.floats(outgoing)
-        new_carry = trees.map_by_path(left, state.carry, sums, outs)
-        step = trees.next_step(state.step)
-        return outgoing, CarryClippedState(step, new_carry, inner_state)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, compiled(update))
 
 
 def _add(update: Any, carry: Array) -> Any:
@@ -99,9 +103,5 @@ def _add(update: Any, carry: Array) -> Any:
     return jnp.asarray(update, dtype) + carry.astype(dtype)
 
 
-def _like(leaf: Any, other: Array) -> Array:
-    return jnp.asarray(leaf, other.dtype)
-
-
-def _round(outgoing: Any, update: Any) -> Any:
+def _rounded(outgoing: Any, update: Any) -> Any:
     return jnp.asarray(outgoing, update.dtype) if trees.is_float(update) else outgoing

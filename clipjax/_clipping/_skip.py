@@ -4,6 +4,8 @@ The statistic is fed on every finite step, skipped or not, and with bounded numb
 it can neither be poisoned nor stand still while the training has moved on.
 """
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .. import norms
 from .._core import checks as check, losses, trees
+from .._core.eager import compiled
 from .._core.steps import step_if
 from .._core.types import AxisName, Number, Schedule
 from ..thresholds import WindowedQuantile, Winsorized
@@ -73,16 +76,18 @@ def skip_spikes(
 
     Args:
         inner: the optimizer, or whatever should not see a spike.
-        factor: f ≥ 1, from which multiple of a usual norm on a step is skipped.  This
-            and the next one are numbers, traced values or schedules.
-        value_factor: k > 0, how far a loss may rise above the median, in widths S.
+        factor: f ≥ 1, from which multiple of a usual norm on a step is skipped; a
+            number, a traced value or a schedule.
+        value_factor: k > 0, how far a loss may rise above the median, in widths S; a
+            number, a traced value or a schedule.
         window: w ≥ 2, how many steps are remembered; a static integer.
         max_consecutive: how many spikes in a row are skipped; a static integer.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split;
             losses that differ over them are averaged.
 
     Example:
-        >>> tx = skip_spikes(optax.sgd(1.0))
+        >>> import clipjax, jax.numpy as jnp, optax
+        >>> tx = clipjax.skip_spikes(optax.sgd(1.0))
         >>> state = tx.init(jnp.zeros(2))
         >>> for size in [1.0, 2.0, 1000.0, jnp.nan, 5.0]:
         ...     u, state = tx.update(jnp.array([size, 0.0]), state)
@@ -125,42 +130,40 @@ def skip_spikes(
 
     def update(updates, state, params=None, **extra_args):
         step = state.skip.step
-        rule = rule_at(step)
-        norm = norms.global_norm(updates, scaled=True, axis_name=axis_name).astype(
-            jnp.float32
-        )
+        norm = norms.global_norm(updates, scaled=True, axis_name=axis_name)
+        norm = norm.astype(jnp.float32)
         loss = _loss(extra_args.get("value"), axis_name)
         known = jnp.isfinite(norm) & ~jnp.isinf(loss)
+        rule = rule_at(step)
         bound = rule.threshold(state.recent_norms, norm)
         highest, cap = _bounds(state, trees.value_at(value_factor, step))
         spike = known & ((norm > bound) | (loss > highest))
         in_row = state.spikes_in_row + spike.astype(jnp.int32)
         take = known & (~spike | (in_row > max_consecutive))
-        longer = rule.remember(state.recent_norms, norm, bound, norm)
-
         outgoing, inner_state = step_if(
             take,
             lambda u, inner_state: inner.update(u, inner_state, params, **extra_args),
             updates,
             state.skip_inner,
         )
-        new_state = SkipSpikesState(
-            states.after(
-                state.skip,
-                norm=jnp.where(known, norm, jnp.nan),
-                clipped_norm=jnp.where(take, norm, 0),
-                threshold=bound,
-                clipped=~take,
-            ),
+        longer = rule.remember(state.recent_norms, norm, bound, norm)
+        clip = states.after(
+            state.skip,
+            norm=jnp.where(known, norm, jnp.nan),
+            clipped_norm=jnp.where(take, norm, 0),
+            threshold=bound,
+            clipped=~take,
+        )
+        return outgoing, SkipSpikesState(
+            clip,
             jnp.where(take, 0, trees.next_step(state.skipped_in_row)),
             jnp.where(known & ~spike, 0, in_row),
             jnp.where(known & (norm > 0), longer, state.recent_norms),
             *_remembered(state, loss, cap, known),
             inner_state,
         )
-        return outgoing, new_state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, compiled(update))
 
 
 def _loss(value: Any, axis_name: AxisName) -> Float[Array, ""]:

@@ -4,6 +4,8 @@ No transform of updates: the largest logit is a statistic of the forward pass, a
 is scaled is the parameter itself, after the optimizer's step.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -67,10 +69,11 @@ def qk_clip(
             (features, heads, head_dim) and biases (heads, head_dim).
 
     Example:
+        >>> import clipjax, jax.numpy as jnp
         >>> attention = {"query": {"kernel": jnp.full((1, 2, 1), 8.0)},
         ...              "key": {"kernel": jnp.full((1, 2, 1), 4.0)}}
-        >>> clipped = qk_clip({"attention": attention},
-        ...                   {"attention": jnp.array([400.0, 50.0])})
+        >>> logits = {"attention": jnp.array([400.0, 50.0])}
+        >>> clipped = clipjax.contrib.qk_clip({"attention": attention}, logits)
         >>> for name, leaf in clipped["attention"].items():
         ...     print(name, leaf["kernel"][0, :, 0])  # √(100/400) = ½ in the first head
         key [2. 4.]

@@ -48,7 +48,8 @@ def digits() -> Dataset:
     The splits are fixed and stratified: 1,200 to train, 150 to validate, 447 to test.
 
     Example:
-        >>> [len(split.labels) for split in digits()[1:]]
+        >>> from clipjax.examples import data
+        >>> [len(split.labels) for split in data.digits()[1:]]
         [1200, 150, 447]
     """
     from sklearn import datasets, model_selection

@@ -138,7 +138,8 @@ def steps_per_epoch(count: int, *, batch_size: int) -> int:
     """How many steps `shuffles` makes of `count` images.
 
     Example:
-        >>> steps_per_epoch(55_000, batch_size=100)  # 11 parts of 50
+        >>> from clipjax.examples import train
+        >>> train.steps_per_epoch(55_000, batch_size=100)  # 11 parts of 50
         550
     """
     parts, length, _ = _parts(count, batch_size)

@@ -185,7 +185,7 @@ def largest(
     norms: Float[Array, "..."],
     axes: tuple[int, ...] | None = None,
     over: tuple[str, ...] = (),
-    where: Array | bool = True,
+    where: Array | None = None,
 ) -> Float[Array, "..."]:
     """Returns the largest of several norms, NaN where one is."""
     peak = jnp.max(norms, axes, initial=0, where=where)
