@@ -67,18 +67,28 @@ def pairs():
     }
 
 
+def lowered(tx, params):
+    """Returns the program of an update, before optimization."""
+    state = jax.eval_shape(tx.init, params)
+    return jax.jit(lambda *args: tx.update(*args)).lower(params, state, params)
+
+
+def counted(program):
+    """Returns how many operations, loops and branches a program has."""
+    text = program.as_text()
+    return tuple(len(each.findall(text)) for each in (_OPERATION, _LOOP, _BRANCH))
+
+
 def program(tx, params):
     """Returns operations, loops, branches, and CPU seconds to trace and to compile."""
-    state = jax.eval_shape(tx.init, params)
     jax.clear_caches()
     start = time.process_time()
-    lowered = jax.jit(lambda *args: tx.update(*args)).lower(params, state, params)
-    traced = time.process_time()
-    text = lowered.as_text()
-    counts = [len(each.findall(text)) for each in (_OPERATION, _LOOP, _BRANCH)]
+    made = lowered(tx, params)
+    traced = time.process_time() - start
+    counts = counted(made)
     compiling = time.process_time()
-    lowered.compile()
-    return *counts, traced - start, time.process_time() - compiling
+    made.compile()
+    return *counts, traced, time.process_time() - compiling
 
 
 def programs_table(trees=(), names=(), *, rounds=3):
