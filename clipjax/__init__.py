@@ -52,7 +52,7 @@ from . import (
 from ._clipping._adaptive import adaptive_clip
 from ._clipping._carry import carry_clipped
 from ._clipping._element import clip
-from ._clipping._engine import clip_by
+from ._clipping._engine import Bound, clip_by
 from ._clipping._norm import (
     clip_by_block_rms,
     clip_by_global_norm,
@@ -77,6 +77,7 @@ from .latents._latent import latent
 __version__ = importlib.metadata.version("clipjax")
 
 __all__ = [
+    "Bound",
     "adaptive_clip",
     "adaptive_grad_clip",
     "allocations",

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from . import masks, prox, scopes, thresholds
+from . import masks, prox, scopes
 from ._core import checks as check, sharding, trees
 from ._core.types import AxisName, Number, Schedule, Where
 from ._sparsity._store import shares_of_zeros
@@ -95,7 +95,7 @@ def proximal(
         everything, moves = trees.floats(params), trees.floats(updates)
         leaves = {p: x for p, x in trees.chosen(params, where).items() if p in moves}
         eta = trees.bound_at(learning_rate, state.step)
-        rule = thresholds.at_step(penalty, state.step)
+        rule = trees.at_step(penalty, state.step)
         targets, results = {}, {}
         for path, param in leaves.items():
             check.same_shape("proximal", path, moves[path], param)

@@ -6,14 +6,13 @@ they say what becomes of an update that is not finite.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from ._core import checks as check, trees
-from ._core.types import Number
+from ._core.types import Number, Schedule
 
 __all__ = [
     "Band",
@@ -38,8 +37,11 @@ __all__ = [
 Response = Callable[[Float[Array, "..."], Float[Array, "..."]], Float[Array, "..."]]
 """From norm and threshold to a factor."""
 
-Policy = Callable[[Array, Bool[Array, "..."], Bool[Array, ""]], Array]
-"""From a leaf, whether its own norm is finite, and whether all are, to a leaf."""
+Policy = Callable[[Bool[Array, "..."], Bool[Array, ""]], Bool[Array, "..."] | None]
+"""From whether the norm of each part is finite, and whether all are, to what passes.
+
+`None` lets everything pass; what does not pass becomes zero.
+"""
 
 
 def scale(
@@ -157,15 +159,20 @@ class Entrywise:
         Array([1., 1.], dtype=float32)
     """
 
-    entries: Callable[[Array, Float[Array, "..."], Float[Array, "..."]], Array] = (
-        dataclasses.field(metadata={"static": True})
-    )
+    entries: Callable[[Array, Float[Array, "..."], Float[Array, "..."]], Array]
 
     def __call__(
         self, norm: Float[Array, "..."], threshold: Float[Array, "..."]
     ) -> Float[Array, "..."]:
         """Returns the factor for the largest entry."""
         return scale(norm, threshold)
+
+    def at(
+        self, path: str, leaves: Mapping[str, Array]
+    ) -> Callable[[Array, Float[Array, "..."], Float[Array, "..."]], Array]:
+        """Returns what becomes of the leaf at `path`."""
+        del path, leaves
+        return self.entries
 
 
 def clamped(
@@ -231,7 +238,7 @@ class Band:
         Array([2. , 1.5, 1. ], dtype=float32)
     """
 
-    low: Any = 0.5
+    low: Number | Schedule = 0.5
     least: Number = 0.0
     most: Number = float("inf")
 
@@ -251,41 +258,38 @@ class Band:
         return jnp.where(known, jnp.clip(factor, least, most), 1)
 
 
-def propagate(
-    leaf: Array, known: Bool[Array, "..."], all_known: Bool[Array, ""]
-) -> Array:
+def propagate(known: Bool[Array, "..."], all_known: Bool[Array, ""]) -> None:
     """Lets what is not finite pass unchanged, for others to see.
 
     Example:
-        >>> propagate(jnp.array([jnp.nan]), jnp.array(False), jnp.array(False))
-        Array([nan], dtype=float32)
+        >>> propagate(jnp.array([False]), jnp.array(False)) is None
+        True
     """
     del known, all_known
-    return leaf
 
 
 def zero_scope(
-    leaf: Array, known: Bool[Array, "..."], all_known: Bool[Array, ""]
-) -> Array:
+    known: Bool[Array, "..."], all_known: Bool[Array, ""]
+) -> Bool[Array, "..."]:
     """Makes zero what is measured together with a NaN or an infinity.
 
     Example:
-        >>> zero_scope(jnp.array([jnp.nan, 1.0]), jnp.array(False), jnp.array(False))
-        Array([0., 0.], dtype=float32)
+        >>> zero_scope(jnp.array([False, True]), jnp.array(False))
+        Array([False,  True], dtype=bool)
     """
     del all_known
-    return jnp.where(known, leaf, jnp.zeros_like(leaf))
+    return known
 
 
-def skip(leaf: Array, known: Bool[Array, "..."], all_known: Bool[Array, ""]) -> Array:
+def skip(known: Bool[Array, "..."], all_known: Bool[Array, ""]) -> Bool[Array, ""]:
     """Makes the whole update zero if any of it is not finite.
 
     Example:
-        >>> skip(jnp.array([1.0]), jnp.array(True), jnp.array(False))
-        Array([0.], dtype=float32)
+        >>> skip(jnp.array([False, True]), jnp.array(False))
+        Array(False, dtype=bool)
     """
     del known
-    return jnp.where(all_known, leaf, jnp.zeros_like(leaf))
+    return all_known
 
 
 def _sane(

@@ -112,9 +112,9 @@ SpecRule = Callable[[str, Array], jax.sharding.PartitionSpec]
 class Part(NamedTuple):
     """What a leaf is measured with, and along which of its axes."""
 
-    key: str  # leaves of one key have one threshold
-    axes: tuple[int, ...] | None  # measured together; `None` for all, over all leaves
-    pool: str  # leaves of one pool have one norm
+    label: str  # leaves of one label are measured together, and have one threshold
+    axes: tuple[int, ...] | None = None  # of the leaf, measured together; `None`: all
+    shared: bool = False  # measured with all leaves, whatever their labels
 
 
 @runtime_checkable
@@ -132,13 +132,13 @@ class Tree:
 
     Example:
         >>> Tree().part("w", {"w": jnp.ones(2)})
-        Part(key='', axes=None, pool='')
+        Part(label='', axes=None, shared=False)
     """
 
     def part(self, path: str, leaves: Mapping[str, Array]) -> Part:
         """Says what the leaf at `path` is measured with."""
         del path, leaves
-        return Part("", None, "")
+        return Part("")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +152,7 @@ class Group:
 
     Example:
         >>> by_layer = Group(lambda path, leaf: path.split("/")[0])
-        >>> by_layer.part("dense/bias", {"dense/bias": jnp.ones(2)}).key
+        >>> by_layer.part("dense/bias", {"dense/bias": jnp.ones(2)}).label
         'dense'
     """
 
@@ -165,8 +165,7 @@ class Group:
 
     def part(self, path: str, leaves: Mapping[str, Array]) -> Part:
         """Says what the leaf at `path` is measured with."""
-        label = self.label(path, leaves[path])
-        return Part(label, None, "" if self.shared else label)
+        return Part(self.label(path, leaves[path]), shared=self.shared)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,13 +174,13 @@ class Leaf:
 
     Example:
         >>> Leaf().part("w", {"w": jnp.ones(2)})
-        Part(key='w', axes=None, pool='w')
+        Part(label='w', axes=None, shared=False)
     """
 
     def part(self, path: str, leaves: Mapping[str, Array]) -> Part:
         """Says what the leaf at `path` is measured with."""
         del leaves
-        return Part(path, None, path)
+        return Part(path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +193,7 @@ class Layer:
 
     Example:
         >>> Layer(0).part("kernel", {"kernel": jnp.ones((12, 4, 4))})
-        Part(key='kernel', axes=(1, 2), pool='kernel')
+        Part(label='kernel', axes=(1, 2), shared=False)
     """
 
     stacked: Axes | Callable[[str, Array], Axes]
@@ -204,7 +203,7 @@ class Layer:
         leaf = leaves[path]
         kept = _axes_of(self.stacked, path, leaf)
         axes = tuple(i for i in range(leaf.ndim) if i not in kept)
-        return Part(path, axes, path)
+        return Part(path, axes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,9 +218,9 @@ class Unit:
 
     Example:
         >>> Unit().part("kernel", {"kernel": jnp.ones((3, 3, 8, 16))})
-        Part(key='kernel', axes=(0, 1, 2), pool='kernel')
+        Part(label='kernel', axes=(0, 1, 2), shared=False)
         >>> Unit(stacked=0).part("kernel", {"kernel": jnp.ones((12, 8, 16))})
-        Part(key='kernel', axes=(1,), pool='kernel')
+        Part(label='kernel', axes=(1,), shared=False)
     """
 
     axis: AxisRule = None
@@ -234,7 +233,7 @@ class Unit:
         kept = self.stacked_axes(path, leaf)
         if axis is not None:
             named = _positive(axis, path, leaf)
-            return Part(path, tuple(a for a in named if a not in kept), path)
+            return Part(path, tuple(a for a in named if a not in kept))
         rest = [i for i in range(leaf.ndim) if i not in kept]
         bias: Shaped | None = bias_of(path, leaves)
         if isinstance(bias, Array) and kept:
@@ -243,7 +242,7 @@ class Unit:
             )
             bias = _one_layer(bias, stacks)
         own = unit_axes(path, _one_layer(leaf, kept), bias)
-        return Part(path, tuple(rest[i] for i in own), path)
+        return Part(path, tuple(rest[i] for i in own))
 
     def stacked_axes(self, path: str, leaf: Array) -> tuple[int, ...]:
         """Returns along which axes of the leaf at `path` layers are stacked."""
@@ -256,13 +255,13 @@ class Element:
 
     Example:
         >>> Element().part("w", {"w": jnp.ones((2, 3))})
-        Part(key='w', axes=(), pool='w')
+        Part(label='w', axes=(), shared=False)
     """
 
     def part(self, path: str, leaves: Mapping[str, Array]) -> Part:
         """Says what the leaf at `path` is measured with."""
         del leaves
-        return Part(path, (), path)
+        return Part(path, ())
 
 
 def _axes_of(

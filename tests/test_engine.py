@@ -10,7 +10,7 @@ import pytest
 from jax import P
 
 import clipjax
-from clipjax import clip_by, contrib, norms, responses, scopes, thresholds
+from clipjax import Bound, clip_by, contrib, norms, responses, scopes, thresholds
 from helpers import assert_same, normal, x64
 
 SHAPES = {
@@ -136,8 +136,8 @@ def each_norm(name):
     scope = SCOPES[name][1]
 
     def all_of_them(bound, updates):
-        make = functools.partial(clip_by, bound, scope=scope)
-        return {name: first(make(norm=norm), updates) for name, norm in NORMS.items()}
+        bounds = {name: Bound(bound, scope, norm) for name, norm in NORMS.items()}
+        return {name: first(clip_by(own), updates) for name, own in bounds.items()}
 
     return jax.jit(all_of_them)
 
@@ -177,9 +177,8 @@ def test_every_response(scope):
 
     @jax.jit
     def all_of_them(bound, updates):
-        make = functools.partial(clip_by, bound, scope=value)
         return {
-            name: first(make(response=response), updates)
+            name: first(clip_by(Bound(bound, value, response=response)), updates)
             for name, (response, _) in RESPONSES.items()
         }
 
@@ -218,7 +217,7 @@ def test_a_label_may_have_a_threshold_of_its_own():
         "out": lambda step: 1.0 + step.astype(jnp.float32),
         "gain": thresholds.MovingMean(1.0, warmup=1),
     }
-    tx = clip_by(table, scope=scopes.Group(label))
+    tx = clip_by(Bound(table, scope=scopes.Group(label)))
     params, one, two = (normal(SHAPES, seed=seed) for seed in range(3))
     update = jax.jit(tx.update)
     state = tx.init(params)
@@ -231,7 +230,7 @@ def test_a_label_may_have_a_threshold_of_its_own():
     for path, x in by_path(clipped).items():
         expected = leaves[path] * shrink(measured[path], bounds[path.split("/")[0]])
         np.testing.assert_allclose(x, expected, rtol=2e-6)
-    assert list(state.threshold_memory) == ["gain"]
+    assert list(state.threshold_memory[0]) == ["gain"]
     largest = np.float32(max(map(float, bounds.values())))
     np.testing.assert_allclose(state.clip.threshold, largest, rtol=1e-6)
 
@@ -242,7 +241,7 @@ def test_a_threshold_may_be_relative_to_the_parameters(norm):
     params, updates = (normal(SHAPES, seed=seed) for seed in (0, 1))
     params["dense"]["kernel"] = params["dense"]["kernel"] * 1e-6
     rule = thresholds.Relative(0.5, 1e-2)
-    tx = clip_by(rule, scope=scopes.Unit(), norm=NORMS[norm])
+    tx = clip_by(Bound(rule, scope=scopes.Unit(), norm=NORMS[norm]))
     clipped, state = jax.jit(tx.update)(updates, tx.init(params), params)
     leaves, parts = by_path(updates), SCOPES["unit"][2]
     measured, own = (sizes(by_path(t), parts, norm) for t in (updates, params))
@@ -253,8 +252,8 @@ def test_a_threshold_may_be_relative_to_the_parameters(norm):
     assert state.clip.threshold == 0.5
 
 
-def test_a_ceiling_bounds_the_whole_first():
-    tx = clip_by(1.0, scope=scopes.Leaf(), ceiling=2.0)
+def test_a_bound_on_the_whole_first_then_on_leaves():
+    tx = clip_by(2.0, Bound(1.0, scope=scopes.Leaf()))
     updates = {"a": jnp.array([6.0]), "b": jnp.array([0.0, 8.0]), "c": jnp.zeros(3)}
     clipped, state = jax.jit(tx.update)(updates, tx.init(updates))
     expected = {"a": jnp.array([1.0]), "b": jnp.array([0.0, 1.0]), "c": jnp.zeros(3)}
@@ -271,12 +270,12 @@ def test_values_may_be_traced_or_follow_a_schedule():
         return 1.0 / (1 + step.astype(jnp.float32))
 
     def follows(scope, ceiling):
-        tx = clip_by(schedule, scope=scope, ceiling=ceiling)
+        tx = clip_by(ceiling, Bound(schedule, scope=scope))
         return tx, jax.jit(tx.update)
 
     constant = jax.jit(
         lambda bound, scaled: first(
-            clip_by(bound, scope=scopes.Leaf(), ceiling=2 * bound), scaled
+            clip_by(2 * bound, Bound(bound, scope=scopes.Leaf())), scaled
         )[0]
     )
     tx, update = follows(scopes.Leaf(), lambda step: 2 * schedule(step))
@@ -288,7 +287,7 @@ def test_values_may_be_traced_or_follow_a_schedule():
 
 
 def test_one_program_serves_every_step():
-    tx = clip_by(thresholds.WindowedQuantile(window=4), scope=scopes.Unit())
+    tx = clip_by(Bound(thresholds.WindowedQuantile(window=4), scope=scopes.Unit()))
     traces = []
 
     @jax.jit
@@ -314,9 +313,12 @@ def test_strict_never_exceeds_the_bound(dtype):
 
     @functools.partial(jax.jit, static_argnums=2)
     def clipped(bound, updates, strict):
-        make = functools.partial(clip_by, bound, strict=strict)
+        def make(scope, norm):
+            own = Bound(bound, SCOPES[scope][1], NORMS[norm])
+            return clip_by(own, strict=strict)
+
         return {
-            (scope, norm): first(make(scope=SCOPES[scope][1], norm=NORMS[norm]), x)[0]
+            (scope, norm): first(make(scope, norm), x)[0]
             for scope in ("element", "leaf", "tree", "unit")
             for norm in ("global_norm", "rms", "inf_norm")
             for x in [updates]
@@ -377,7 +379,7 @@ def test_three_policies_for_what_is_not_finite():
     def outcomes(updates):
         return {
             (name, policy.__name__): first(
-                clip_by(1.0, scope=SCOPES[name][1], nonfinite=policy), updates
+                clip_by(Bound(1.0, scope=SCOPES[name][1]), nonfinite=policy), updates
             )
             for name, policy in cases
         }
@@ -409,7 +411,7 @@ def test_three_policies_for_what_is_not_finite():
 
 def test_a_bad_step_is_remembered_nowhere():
     """Also not by the parts that were finite: the next steps are as without it."""
-    tx = clip_by(thresholds.MovingMean(1.0, warmup=1), scope=scopes.Leaf())
+    tx = clip_by(Bound(thresholds.MovingMean(1.0, warmup=1), scope=scopes.Leaf()))
     update = jax.jit(tx.update)
     good = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([1.0])}
     _, state = update(good, tx.init(good))
@@ -435,12 +437,14 @@ def test_a_bias_that_is_left_out_still_tells_the_units(given):
     """Or the memory would have another shape than the norms."""
     params = normal({"kernel": (6, 4, 5), "bias": (4, 5)})
     rule = thresholds.MovingMean(1.0, warmup=1)
-    tx = clip_by(rule, scope=scopes.Unit(), where=lambda path, _: path == "kernel")
+    tx = clip_by(
+        Bound(rule, scope=scopes.Unit()), where=lambda path, _: path == "kernel"
+    )
     state = tx.init(params)
-    assert state.threshold_memory["kernel"].norm_mean.shape == (1, 4, 5)
+    assert state.threshold_memory[0]["kernel"].norm_mean.shape == (1, 4, 5)
     _, after = tx.update(params, state, params if given else None)
     assert_same(
-        after.threshold_memory["kernel"].norm_mean,
+        after.threshold_memory[0]["kernel"].norm_mean,
         norms.unit_norm(params["kernel"], 0),
     )
 
@@ -457,8 +461,10 @@ def test_stacked_layers_are_clipped_one_by_one(axis, kind):
         "layers": (scopes.Layer(axis), scopes.Leaf()),
         "units": (scopes.Unit(stacked=axis), scopes.Unit()),
     }[kind]
-    actual, _ = jax.jit(functools.partial(first, clip_by(0.5, scope=whole)))(stacked)
-    update = jax.jit(lambda layer: first(clip_by(0.5, scope=alone), layer)[0])
+    actual, _ = jax.jit(functools.partial(first, clip_by(Bound(0.5, scope=whole))))(
+        stacked
+    )
+    update = jax.jit(lambda layer: first(clip_by(Bound(0.5, scope=alone)), layer)[0])
     expected = jax.tree.map(lambda *xs: jnp.stack(xs, axis), *map(update, layers))
     assert_same(actual, expected, equal_nan=True)
 
@@ -467,7 +473,10 @@ def test_a_stack_has_a_history_for_each_layer():
     rule = thresholds.WindowedQuantile(0.5, 2.0, window=3)
     steps = [normal({"kernel": (3, 6, 4)}, seed=seed) for seed in range(3)]
     steps[2]["kernel"] = steps[2]["kernel"].at[1].multiply(50.0)
-    tx, one = clip_by(rule, scope=scopes.Layer(0)), clip_by(rule, scope=scopes.Leaf())
+    tx, one = (
+        clip_by(Bound(rule, scope=scopes.Layer(0))),
+        clip_by(Bound(rule, scope=scopes.Leaf())),
+    )
     state, update, alone = tx.init(steps[0]), jax.jit(tx.update), jax.jit(one.update)
     states = [one.init({"kernel": steps[0]["kernel"][i]}) for i in range(3)]
     for step in steps:
@@ -475,7 +484,7 @@ def test_a_stack_has_a_history_for_each_layer():
         for i in range(3):
             layer, states[i] = alone({"kernel": step["kernel"][i]}, states[i])
             assert_same(clipped["kernel"][i], layer["kernel"])
-    assert state.threshold_memory["kernel"].shape == (3, 1, 1, 3)
+    assert state.threshold_memory[0]["kernel"].shape == (3, 1, 1, 3)
 
 
 # Eight devices
@@ -492,30 +501,21 @@ SPECS = {
     "whole": {"kernel": P(), "bias": P()},
 }
 PASSES = {  # one program for all of them
-    "unit": (0.5, {"scope": scopes.Unit()}),
-    "unit_rms": (0.5, {"scope": scopes.Unit(), "norm": norms.rms}),
-    "layer": (
-        0.5,
-        {"scope": scopes.Layer(lambda _, leaf: () if leaf.ndim < 2 else 0)},
-    ),
-    "leaf": (0.5, {"scope": scopes.Leaf(), "ceiling": 3.0}),
-    "group": (0.5, {"scope": scopes.Group(lambda path, _: str("w" in path))}),
-    "history": (
-        thresholds.WindowedQuantile(0.5, 1.05, window=3),
-        {"scope": scopes.Unit()},
-    ),
-    "entry_history": (
-        thresholds.MovingSquare(1.0, decay=0.5, warmup=1),
-        {"scope": scopes.Element()},
-    ),
+    "unit": [Bound(0.5, scopes.Unit())],
+    "unit_rms": [Bound(0.5, scopes.Unit(), norms.rms)],
+    "layer": [Bound(0.5, scopes.Layer(lambda _, leaf: () if leaf.ndim < 2 else 0))],
+    "leaf": [3.0, Bound(0.5, scopes.Leaf())],
+    "unit_then_whole": [Bound(0.5, scopes.Unit()), 1.0],
+    "group": [Bound(0.5, scopes.Group(lambda path, _: str("w" in path)))],
+    "history": [Bound(thresholds.WindowedQuantile(0.5, 1.05, window=3), scopes.Unit())],
+    "entry_history": [
+        Bound(thresholds.MovingSquare(1.0, decay=0.5, warmup=1), scopes.Element())
+    ],
 }
 
 
 def all_passes(**options):
-    return {
-        name: clip_by(threshold, **arguments, **options)
-        for name, (threshold, arguments) in PASSES.items()
-    }
+    return {name: clip_by(*bounds, **options) for name, bounds in PASSES.items()}
 
 
 def init_all(txs, params):
@@ -594,13 +594,26 @@ def test_what_cannot_be_right_is_refused():
     for error, message, make in [
         (ValueError, "threshold must not be negative", lambda: clip_by(-1.0)),
         (ValueError, "threshold must not be", lambda: clip_by({"a": 1.0, "b": -1.0})),
-        (TypeError, "scope must be a value", lambda: clip_by(1.0, scope=scopes.Leaf)),
-        (ValueError, "norm must be `norms.global", lambda: clip_by(1.0, norm=abs)),
-        (ValueError, "ceiling must not be neg", lambda: clip_by(1.0, ceiling=-1.0)),
+        (
+            TypeError,
+            "scope must be a value",
+            lambda: clip_by(Bound(1.0, scope=scopes.Leaf)),
+        ),
         (
             ValueError,
-            "ceiling bounds the Euclidean norm",
-            lambda: clip_by(1.0, norm=norms.rms, ceiling=1.0),
+            "norm must be `norms.global",
+            lambda: clip_by(Bound(1.0, norm=abs)),
+        ),
+        (ValueError, "bounds must not be empty", clip_by),
+        (
+            ValueError,
+            "bounds must all go by",
+            lambda: clip_by(1.0, Bound(1.0, norm=norms.inf_norm)),
+        ),
+        (
+            ValueError,
+            "only in the last place",
+            lambda: clip_by(Bound(1.0, response=responses.clamp), 1.0),
         ),
     ]:
         with pytest.raises(error, match=message):
@@ -610,23 +623,23 @@ def test_what_cannot_be_right_is_refused():
 def test_what_does_not_fit_is_refused():
     updates = {"a": jnp.ones(2), "b": jnp.ones(())}
     relative = clip_by(thresholds.Relative(0.1))
-    with pytest.raises(ValueError, match=r"^clip_by reads the parameters"):
+    with pytest.raises(ValueError, match=r"params is None. Call `tx.update"):
         first(relative, updates)
     with pytest.raises(ValueError, match="no parameter for the update at 'b'"):
         first(relative, updates, {"a": jnp.ones(2)})
     with pytest.raises(ValueError, match="at 'a' the update has shape"):
         first(relative, updates, updates | {"a": jnp.ones(3)})
     with pytest.raises(ValueError, match="do not fit the leaf at 'b'"):
-        first(clip_by(1.0, scope=scopes.Layer(0)), updates)
+        first(clip_by(Bound(1.0, scope=scopes.Layer(0))), updates)
     with pytest.raises(ValueError, match=r"names \['a'\], but there is a part 'b'"):
-        first(clip_by({"a": 1.0}, scope=scopes.Leaf()), updates)
+        first(clip_by(Bound({"a": 1.0}, scope=scopes.Leaf())), updates)
 
 
 def test_lower_peaks_goes_by_the_largest_entry():
     with pytest.raises(ValueError, match=r"needs norm=norms\.inf_norm"):
-        clipjax.clip_by(1.0, response=responses.lower_peaks)
+        clipjax.clip_by(clipjax.Bound(1.0, response=responses.lower_peaks))
     tx = clipjax.clip_by(
-        2.0, norm=clipjax.norms.inf_norm, response=responses.lower_peaks
+        clipjax.Bound(2.0, norm=clipjax.norms.inf_norm, response=responses.lower_peaks)
     )
     updates = {"w": jnp.array([8.0, -4.0, 1.0])}
     out, state = tx.update(updates, tx.init(updates))
@@ -635,7 +648,7 @@ def test_lower_peaks_goes_by_the_largest_entry():
 
 
 def test_a_clamp_counts_what_it_changed():
-    tx = clipjax.clip_by(5.0, response=responses.clamp)
+    tx = clipjax.clip_by(clipjax.Bound(5.0, response=responses.clamp))
     updates = {"w": jnp.array([4.0, 4.0])}
     _, state = tx.update(updates, tx.init(updates))
     assert state.clip.clipped_steps == 0
@@ -643,14 +656,14 @@ def test_a_clamp_counts_what_it_changed():
 
 @pytest.mark.parametrize("bad", [np.inf, np.nan])
 def test_dropping_lets_what_is_not_finite_pass(bad):
-    tx = clipjax.clip_by(1.0, response=responses.zero)
+    tx = clipjax.clip_by(clipjax.Bound(1.0, response=responses.zero))
     out, _ = tx.update({"w": jnp.array([bad, 1.0])}, tx.init({"w": jnp.ones(2)}))
     np.testing.assert_array_equal(out["w"], [bad, 1.0])
 
 
 def test_a_bound_of_zero_and_tiny_norms():
     smooth, whole = (
-        clip_by(0.0, response=responses.smooth),
+        clip_by(Bound(0.0, response=responses.smooth)),
         clipjax.normalize_by_update_norm(10.0),
     )
     zeros, tiny = {"w": jnp.zeros(2)}, {"w": jnp.full(2, 1.2e-38)}

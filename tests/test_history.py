@@ -636,7 +636,7 @@ def test_an_entry_that_wakes_late_may_move():
         _, state = tx.update({"w": jnp.array([1.0, 0.0])}, state)
     out, state = tx.update({"w": jnp.array([1.0, 1.0])}, state)
     np.testing.assert_array_equal(out["w"], [1.0, 1.0])
-    assert state.threshold_memory["w"].norm_variance[1] > 0
+    assert state.threshold_memory[0]["w"].norm_variance[1] > 0
 
 
 # Rules without a paper: the running minimum, and the release of others
@@ -785,7 +785,7 @@ def test_a_few_spikes_release_nothing():
     stream[20:25] = 100
     out, state = norms_through(rule, stream)
     assert out.max() < 1.7
-    assert state.threshold_memory[""].released_scale == 1
+    assert state.threshold_memory[0][""].released_scale == 1
 
 
 def test_a_release_may_be_scheduled_traced_and_part_of_others():
@@ -802,8 +802,10 @@ def test_a_release_may_be_scheduled_traced_and_part_of_others():
 
 def test_a_release_of_each_leaf_is_its_own():
     tx = clipjax.clip_by(
-        thresholds.Released(thresholds.RunningMinimum(1.5), patience=1, growth=4.0),
-        scope=clipjax.scopes.Unit(axis=0),
+        clipjax.Bound(
+            thresholds.Released(thresholds.RunningMinimum(1.5), patience=1, growth=4.0),
+            scope=clipjax.scopes.Unit(axis=0),
+        )
     )
     update, state = jax.jit(tx.update), tx.init({"w": jnp.ones((2, 3))})
     for step in range(4):
@@ -811,7 +813,7 @@ def test_a_release_of_each_leaf_is_its_own():
         if step == 2:
             high[0] = np.nan  # of such a step nothing is remembered
         _, state = update({"w": jnp.tile(jnp.array([high]), (2, 1))}, state)
-    memory = state.threshold_memory["w"]
+    memory = state.threshold_memory[0]["w"]
     np.testing.assert_array_equal(memory.released_scale, [[1, 4, 1]])
     np.testing.assert_array_equal(memory.above_in_row, [[0, 2, 0]])
     assert jnp.isfinite(memory.released_memory).all()

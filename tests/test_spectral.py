@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from jax import P
 
-from clipjax import clip_by, norms, scopes, spectral_clip
-from clipjax._clipping._spectral import spectra_clip
+from clipjax import Bound, clip_by, norms, responses, scopes, spectral_clip
 from helpers import assert_same, normal
+
+spectra_clip = functools.partial(spectral_clip, response=responses.smooth)
 
 SHAPES = {
     "dense": {"kernel": (6, 9), "bias": (9,)},
@@ -89,8 +90,10 @@ def test_every_kernel_is_clipped_as_the_matrix_it_is(clip):
             np.testing.assert_allclose(actual, expected, atol=2e-5)
             assert np.linalg.norm(actual, 2) <= bound * (1 + 1e-5)
         flat = np.concatenate([x.ravel() for x in after.values()])
-        np.testing.assert_allclose(state.clipped_norm, np.linalg.norm(flat), rtol=1e-5)
-        assert (state.step, state.clipped_steps, state.threshold) == (
+        np.testing.assert_allclose(
+            state.clip.clipped_norm, np.linalg.norm(flat), rtol=1e-5
+        )
+        assert (state.clip.step, state.clip.clipped_steps, state.clip.threshold) == (
             1,
             1,
             np.float32(bound),
@@ -109,7 +112,7 @@ def test_stacked_layers_are_clipped_one_by_one(clip):
         atol = 2e-5 if i != 1 else 1e-2  # the input itself is rounded to 0.1
         np.testing.assert_allclose(actual, expected, atol=atol)
     np.testing.assert_array_equal(clipped["kernel"][2], layers[2])
-    assert state.nonfinite_steps == 1
+    assert state.clip.nonfinite_steps == 1
 
 
 def test_complex_matrices():
@@ -126,7 +129,7 @@ def test_within_the_bound_every_bit_passes():
     for bound in (100.0, np.inf):
         clipped, state = compiled(spectral_clip)(jnp.float32(bound), updates)
         assert_same(clipped, updates, rtol=0)
-        assert state.clipped_steps == 0
+        assert state.clip.clipped_steps == 0
 
 
 def test_clipping_twice_is_clipping_once():
@@ -174,7 +177,7 @@ def test_any_scale(clip, size):
     assert np.linalg.norm(np.asarray(one["kernel"], np.float64), 2) <= 1 + 2e-4
     if size < 1:
         assert_same(one, scaled, rtol=1e-6)
-    assert np.isfinite(state.clipped_norm)
+    assert np.isfinite(state.clip.clipped_norm)
 
 
 @each
@@ -210,7 +213,7 @@ def test_a_bad_matrix_passes_and_the_others_are_clipped(clip, bad):
     clipped, state = compiled(clip)(jnp.float32(1.0), updates)
     np.testing.assert_array_equal(clipped["a"]["kernel"], updates["a"]["kernel"])
     assert_same(clipped["b"], good["b"], rtol=0)
-    assert (state.nonfinite_steps, state.clipped_steps) == (1, 0)
+    assert (state.clip.nonfinite_steps, state.clip.clipped_steps) == (1, 0)
 
 
 @each
@@ -329,10 +332,10 @@ CLIPS = {
     "hard": functools.partial(spectral_clip, 1.0, scope=scopes.Unit(stacked=stacked)),
     "soft": functools.partial(spectra_clip, 1.0, scope=scopes.Unit(stacked=stacked)),
     "norm of leaves": functools.partial(
-        clip_by, 1.0, scope=scopes.Leaf(), norm=norms.spectral_norm
+        clip_by, Bound(1.0, scopes.Leaf(), norms.spectral_norm)
     ),
     "norm of layers": functools.partial(
-        clip_by, 1.0, scope=scopes.Layer(stacked), norm=norms.spectral_norm
+        clip_by, Bound(1.0, scopes.Layer(stacked), norms.spectral_norm)
     ),
 }
 
@@ -364,7 +367,7 @@ def first_step(tx, updates):
 @pytest.mark.parametrize("norm", [False, True])
 def test_in_shard_map_what_cannot_be_found_is_refused(norm):
     hard = functools.partial(spectral_clip, 1.0)
-    by_norm = functools.partial(clip_by, 1.0, norm=norms.spectral_norm)
+    by_norm = functools.partial(clip_by, Bound(1.0, norm=norms.spectral_norm))
     make, matrix = (by_norm if norm else hard), normal((16, 16))
 
     def run(names="d", **options):
@@ -399,7 +402,7 @@ def test_in_shard_map_rows_and_columns_cannot_both_be_split():
     x = normal((16, 8))
     with pytest.raises(ValueError, match="one of them is whole"):
         run(spectral_clip(1.0, **options))(x)
-    by_norm = clip_by(1.0, norm=norms.spectral_norm, **options)
-    alone = clip_by(1.0, norm=norms.spectral_norm)
+    by_norm = clip_by(Bound(1.0, norm=norms.spectral_norm), **options)
+    alone = clip_by(Bound(1.0, norm=norms.spectral_norm))
     expected = jax.jit(functools.partial(first_step, alone))(x)
     assert_same(run(by_norm)(x), expected, rtol=1e-5)

@@ -1,21 +1,11 @@
 """Clipping entry by entry."""
 
-from typing import NamedTuple
-
-import jax
-import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
 
-from .. import responses
-from .._core import checks as check, trees
+from .. import responses, scopes
+from .._core import checks as check
 from .._core.types import Number, Schedule
-
-
-class ElementClipState(NamedTuple):
-    """What `clip` remembers: where a schedule stands."""
-
-    step: Int[Array, ""]
+from ._engine import Bound, clip_by
 
 
 def clip(max_delta: Number | Schedule) -> optax.GradientTransformationExtraArgs:
@@ -25,7 +15,8 @@ def clip(max_delta: Number | Schedule) -> optax.GradientTransformationExtraArgs:
 
     Takes the place of `optax.clip`, which refuses complex entries.  The bound is
     rounded down to each leaf's dtype, so that no entry exceeds it.  An infinity becomes
-    ±c and a NaN stays.  Leaves that are not floating pass unchanged.
+    ±c and a NaN stays.  Leaves that are not floating pass unchanged.  No norm is
+    measured, so `clipjax.metrics` shows none.
 
     Args:
         max_delta: c ≥ 0, a number, a traced value or a schedule.
@@ -42,22 +33,5 @@ def clip(max_delta: Number | Schedule) -> optax.GradientTransformationExtraArgs:
         Tomáš Mikolov, Statistical Language Models Based on Neural Networks, 2012
     """
     check.not_negative(max_delta=max_delta)
-
-    def init(params):
-        del params
-        return ElementClipState(jnp.zeros([], jnp.int32))
-
-    def update(updates, state, params=None, **extra_args):
-        del params, extra_args
-        bound = trees.bound_at(max_delta, state.step)
-        clipped = jax.tree.map(
-            lambda u: (
-                responses.clamped(jnp.asarray(u), bound, bound)
-                if trees.is_float(u)
-                else u
-            ),
-            updates,
-        )
-        return clipped, ElementClipState(trees.next_step(state.step))
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    bound = Bound(max_delta, scopes.Element(), response=responses.clamp)
+    return clip_by(bound)

@@ -6,7 +6,7 @@ import optax
 from .. import norms, responses, scopes
 from .._core import checks as check
 from .._core.types import AxisName, Number, Schedule
-from ._engine import clip_by
+from ._engine import Bound, clip_by
 
 
 def clip_by_global_norm(
@@ -65,7 +65,7 @@ def clip_by_leaf_norm(
         Recurrent Neural Networks, 2012, https://arxiv.org/abs/1211.5063
     """
     check.not_negative(max_norm=max_norm)
-    return clip_by(max_norm, scope=scopes.Leaf(), axis_name=axis_name)
+    return clip_by(Bound(max_norm, scopes.Leaf()), axis_name=axis_name)
 
 
 def clip_by_block_rms(
@@ -94,7 +94,7 @@ def clip_by_block_rms(
         Memory Cost, 2018, https://arxiv.org/abs/1804.04235
     """
     check.not_negative(threshold=threshold)
-    return clip_by(threshold, scope=scopes.Leaf(), norm=norms.rms, axis_name=axis_name)
+    return clip_by(Bound(threshold, scopes.Leaf(), norms.rms), axis_name=axis_name)
 
 
 def normalize_by_update_norm(
@@ -133,4 +133,4 @@ def normalize_by_update_norm(
         whole = responses.normalize(norm, threshold)
         return whole * jnp.where(norm > 0, lowered, 1)
 
-    return clip_by(scale_factor, response=response, axis_name=axis_name)
+    return clip_by(Bound(scale_factor, response=response), axis_name=axis_name)

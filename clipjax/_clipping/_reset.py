@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
+from .. import norms
 from .._core import checks as check, trees
 from .._core.steps import step_if
 from .._core.types import AxisName, Number, Schedule
-from ..thresholds import History, WindowedQuantile, at_step
-from . import _measure as parts_of
+from ..thresholds import History, WindowedQuantile
 
 _START = 0.01  # of the usual step is the first one after a reset; the paper's 1 - 0.99
 
@@ -102,9 +102,11 @@ def reset_moments(
 
     def update(updates, state, params=None, **extra_args):
         check.given_params("reset_moments", params)
-        norm = parts_of.whole(updates, axis_name).astype(jnp.float32)
+        norm = norms.global_norm(updates, scaled=True, axis_name=axis_name).astype(
+            jnp.float32
+        )
         known = jnp.isfinite(norm)
-        rule = at_step(usual, state.step)
+        rule = trees.at_step(usual, state.step)
         bound = rule.threshold(state.reset_norms, norm)
         spike = known & (norm > bound) & (on_spike is not None)
         due = jnp.zeros([], bool)

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from .. import norms
 from .._core import checks as check, losses, trees
 from .._core.steps import step_if
 from .._core.types import AxisName, Number, Schedule
 from ..thresholds import WindowedQuantile, Winsorized
-from . import _measure as parts_of, _state as states
-from ._state import ClipState
+from . import _engine as states
+from ._engine import ClipState
 
 _USUAL = 0.9  # the quantile of the recent past that spikes are compared with
 _GROWTH = 3.0  # a spike is remembered at no more than so many thresholds
@@ -125,7 +126,9 @@ def skip_spikes(
     def update(updates, state, params=None, **extra_args):
         step = state.skip.step
         rule = rule_at(step)
-        norm = parts_of.whole(updates, axis_name).astype(jnp.float32)
+        norm = norms.global_norm(updates, scaled=True, axis_name=axis_name).astype(
+            jnp.float32
+        )
         loss = _loss(extra_args.get("value"), axis_name)
         known = jnp.isfinite(norm) & ~jnp.isinf(loss)
         bound = rule.threshold(state.recent_norms, norm)

@@ -1,7 +1,8 @@
 """Clipping the singular values of each matrix of the update."""
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -9,18 +10,19 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float
 
-from .. import scopes
+from .. import responses, scopes
 from .._core import checks as check, sharding, trees
 from .._core.types import AxisName, Number, Schedule, Where
-from . import _measure as parts_of, _state as states
+from ..responses import Response
+from ._engine import Bound, anywhere, clip_by
 
 _UNITS = scopes.Unit()
-Response = Callable[[Float[Array, "..."], Float[Array, ""]], Float[Array, "..."]]
 
 
 def spectral_clip(
     max_norm: Number | Schedule,
     *,
+    response: Response = responses.scale,
     scope: scopes.Unit = _UNITS,
     where: Where | None = None,
     specs: scopes.SpecRule | None = None,
@@ -31,7 +33,9 @@ def spectral_clip(
     U ← Σᵢ min(σᵢ, c)·pᵢ·qᵢᵀ, for U = Σᵢ σᵢ·pᵢ·qᵢᵀ
 
     The nearest matrix of spectral norm c at most.  A matrix within its bound passes bit
-    for bit.  Scalars and vectors pass; a matrix with a NaN or an infinity passes
+    for bit.  With `response=responses.smooth` σ becomes σ/√(1 + σ²/c²) instead, which
+    changes every matrix a little: SPECTRA, meant for the update, after the optimizer
+    and with c times the learning rate as the bound there.  Scalars and vectors pass; a matrix with a NaN or an infinity passes
     unchanged and the step is counted.
 
     Computed in float32 from the eigenvalues of the smaller Gram matrix, m × m, in
@@ -42,6 +46,7 @@ def spectral_clip(
 
     Args:
         max_norm: c ≥ 0, a number, a traced value or a schedule.
+        response: from singular values and c to the factor of each, from `responses`.
         scope: which axes of a leaf are the rows of its matrix, `scopes.Unit`; all
             others are its columns but for those that the scope calls stacked.
         where: which leaves, by path and leaf; all of rank two or more by default.
@@ -59,102 +64,47 @@ def spectral_clip(
     Reference:
         Alexander Yukhimchuk, Mladen Kolar, Martin Takáč, Sayantan Choudhury, Gradient
         Clipping Beyond Vector Norms: A Spectral Approach for Matrix-Valued Parameters,
-        2026, https://arxiv.org/abs/2605.11838
+        2026, https://arxiv.org/abs/2605.11838; the smooth one is from Xiaowen Jiang,
+        Andrei Semenov, Sebastian U. Stich, Enhancing LLM Training via Spectral
+        Clipping, 2026, https://arxiv.org/abs/2603.14315
     """
-
-    def hard(values, bound):
-        return jnp.where(values > bound, bound / jnp.where(values > 0, values, 1), 1)
-
-    return _by_spectrum(max_norm, hard, scope, where, specs, axis_name)
-
-
-def spectra_clip(
-    max_norm: Number | Schedule = 1.0,
-    *,
-    scope: scopes.Unit = _UNITS,
-    where: Where | None = None,
-    specs: scopes.SpecRule | None = None,
-    axis_name: AxisName = None,
-) -> optax.GradientTransformationExtraArgs:
-    """Shrinks every singular value smoothly to below c (SPECTRA).
-
-    U ← (I + U·Uᵀ/c²)^(-1/2)·U: σ becomes σ/√(1 + σ²/c²)
-
-    Meant for the update, after the optimizer and with c times the learning rate as the
-    bound there.  Every matrix is changed a little; all else is as for `spectral_clip`.
-    The paper iterates in bfloat16; here the root is exact to float32.
-
-    Args:
-        max_norm: c > 0, a number, a traced value or a schedule.
-        scope: which axes of a leaf are the rows of its matrix, `scopes.Unit`.
-        where: which leaves, by path and leaf; all of rank two or more by default.
-        specs: inside `jax.shard_map`, how each leaf is split, by path and leaf.
-        axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split;
-            `()` if each device clips what it has.
-
-    Example:
-        >>> tx = spectra_clip(4.0)
-        >>> updates = {"kernel": jnp.array([[3.0, 0.0], [0.0, 0.0]])}
-        >>> jnp.round(tx.update(updates, tx.init(updates))[0]["kernel"] * 10)
-        Array([[24.,  0.],
-               [ 0.,  0.]], dtype=float32)
-
-    Reference:
-        Xiaowen Jiang, Andrei Semenov, Sebastian U. Stich, Enhancing LLM Training via
-        Spectral Clipping, 2026, https://arxiv.org/abs/2603.14315
-    """
-
-    def soft(values, bound):
-        larger = jnp.maximum(jnp.maximum(values, bound), jnp.finfo(values.dtype).tiny)
-        own, share = bound / larger, values / larger
-        return own / jnp.sqrt(own**2 + share**2)
-
-    return _by_spectrum(max_norm, soft, scope, where, specs, axis_name)
-
-
-def _by_spectrum(
-    max_norm: Number | Schedule,
-    response: Response,
-    scope: scopes.Unit,
-    where: Where | None,
-    specs: scopes.SpecRule | None,
-    axis_name: AxisName,
-) -> optax.GradientTransformationExtraArgs:
-    """Multiplies every singular value by what the response says of it."""
     check.not_negative(max_norm=max_norm)
     check.has_method("stacked_axes", scope=scope)
+    check.function(response=response)
+    spectral = _OfSpectrum(response, scope, where, specs, axis_name)
+    return clip_by(Bound(max_norm, response=spectral), axis_name=axis_name)
 
-    def init(params):
-        del params
-        return states.first()
 
-    def update(updates, state, params=None, **extra_args):
-        del extra_args
-        bound = trees.bound_at(max_norm, state.step)
-        leaves = trees.floats(updates)
-        found = leaves if params is None else trees.floats(params) | leaves
-        changed, touched = {}, [jnp.zeros([], bool)]
-        for path, leaf in leaves.items():
-            rows = scope.part(path, found).axes or ()
-            kept = scope.stacked_axes(path, leaf)
+@dataclasses.dataclass(frozen=True)
+class _OfSpectrum:
+    """The response that multiplies every singular value by what a function says."""
+
+    response: Response
+    scope: scopes.Unit
+    where: Where | None
+    specs: scopes.SpecRule | None
+    axis_name: AxisName
+
+    def __call__(self, norm: Array, threshold: Array) -> Array:
+        """Returns one: no factor for all of a matrix."""
+        del threshold
+        return jnp.ones_like(norm)
+
+    def at(self, path: str, leaves: Mapping[str, Array]) -> Callable[..., Array]:
+        """Returns what becomes of the leaf at `path`, with all leaves beside it."""
+
+        def entries(leaf, norm, bound):
+            del norm
+            rows = self.scope.part(path, leaves).axes or ()
+            kept = self.scope.stacked_axes(path, leaf)
             rank = leaf.ndim - len(kept)
-            if rank < 2 or len(rows) == rank or not leaf.size:
-                continue
-            if where is None or where(path, leaf):
-                sides = _sides(path, leaf, kept, rows, specs, axis_name)
-                changed[path], above = _clipped(leaf, sides, response, bound)
-                touched.append(above)
-        result = trees.map_by_path(lambda _, new: new, updates, changed)
-        new_state = states.after(
-            state,
-            norm=parts_of.whole(updates, axis_name),
-            clipped_norm=parts_of.whole(result, axis_name),
-            threshold=bound,
-            clipped=parts_of.anywhere(touched, axis_name),
-        )
-        return result, new_state
+            is_matrix = rank > 1 and len(rows) < rank and leaf.size
+            if not is_matrix or (self.where and not self.where(path, leaf)):
+                return leaf
+            sides = _sides(path, leaf, kept, rows, self.specs, self.axis_name)
+            return _clipped(leaf, sides, self.response, bound)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+        return entries
 
 
 class _Sides(NamedTuple):
@@ -177,7 +127,7 @@ def _sides(
     axis_name: AxisName,
 ) -> _Sides:
     columns = tuple(axis for axis in range(leaf.ndim) if axis not in (*rows, *kept))
-    spec = parts_of.spec_of(path, leaf, specs, axis_name)
+    spec = sharding.matrix_spec(specs, axis_name, path, leaf)
     over = [sharding.split_axes(spec, axes) for axes in (rows, columns)]
     over = [sharding.axes_of(leaf, names) for names in over]
     if all(over):
@@ -192,8 +142,8 @@ def _sides(
 
 def _clipped(
     leaf: Array, sides: _Sides, response: Response, bound: Float[Array, ""]
-) -> tuple[Array, Array]:
-    """Returns a leaf of clipped matrices, and whether any of them has changed."""
+) -> Array:
+    """Returns a leaf of clipped matrices."""
     order = (*sides.kept, *sides.rows, *sides.columns)
     turned = trees.wide(leaf).transpose(order)
     height = math.prod(leaf.shape[axis] for axis in sides.rows)
@@ -214,7 +164,7 @@ def _clipped(
     result = result if wide else result.swapaxes(-1, -2)
     back = tuple(order.index(axis) for axis in range(leaf.ndim))
     result = result.reshape(turned.shape).transpose(back)
-    return result.astype(leaf.dtype), jnp.any(above)
+    return result.astype(leaf.dtype)
 
 
 class _Over(NamedTuple):
@@ -234,7 +184,7 @@ class _Over(NamedTuple):
 
     def anywhere(self, flag: Array) -> Array:
         """For a loop that all devices have to leave together."""
-        return parts_of.anywhere([flag], self.every)
+        return anywhere(flag, None, self.every)
 
 
 def _lowered(matrix: Array, bound: Array, over: _Over) -> tuple[Array, Array, Array]:

@@ -9,8 +9,7 @@ from .. import scopes
 from .._core import checks as check
 from .._core.types import Axes, AxisName, Number, Schedule
 from ..thresholds import Relative
-from ._plan import Plan
-from ._transform import transform
+from ._engine import Bound, clip_by
 
 
 def adaptive_grad_clip(
@@ -61,11 +60,5 @@ def adaptive_grad_clip(
     check.not_negative(clipping=clipping)
     check.positive(eps=eps)
 
-    plan = Plan(
-        "adaptive_grad_clip",
-        Relative(clipping, eps),
-        scopes.Unit(axis, stacked),
-        specs=specs,
-        axis_name=axis_name,
-    )
-    return transform(plan)
+    bound = Bound(Relative(clipping, eps), scopes.Unit(axis, stacked))
+    return clip_by(bound, specs=specs, axis_name=axis_name)

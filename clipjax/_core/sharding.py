@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from .types import AxisName
@@ -78,11 +79,11 @@ def blocks(x: Array, axis_name: AxisName) -> int:
     return math.prod(jax.lax.axis_size(name) for name in axes_of(x, axis_name))
 
 
-def split_axes(spec: jax.sharding.PartitionSpec, axes: tuple[int, ...]) -> AxisName:
+def split_axes(spec: PartitionSpec, axes: tuple[int, ...]) -> AxisName:
     """Returns the mesh axes that split these axes of an array laid out by a spec.
 
     Example:
-        >>> split_axes(jax.sharding.PartitionSpec("data", ("model", "expert")), (1,))
+        >>> split_axes(PartitionSpec("data", ("model", "expert")), (1,))
         ('model', 'expert')
     """
     names: list[str] = []
@@ -90,6 +91,26 @@ def split_axes(spec: jax.sharding.PartitionSpec, axes: tuple[int, ...]) -> AxisN
         entry = spec[axis] if axis < len(spec) else None
         names += [entry] if isinstance(entry, str) else list(entry or ())
     return tuple(names)
+
+
+def matrix_spec(
+    specs: Callable[[str, Array], PartitionSpec] | None,
+    axis_name: AxisName,
+    path: str,
+    leaf: Array,
+) -> PartitionSpec:
+    """Returns how a matrix is split inside `jax.shard_map`."""
+    if specs is not None and axis_name:
+        return specs(path, leaf)
+    names = manual_axes(leaf) if axis_name is None else axis_name
+    if leaf.ndim > 1 and (over := axes_of(leaf, names)):
+        raise ValueError(
+            f"The matrix at {path!r} may be split over the mesh axes {over}, and a"
+            " block has other singular values. Give `axis_name`, and as `specs` a"
+            " function of path and leaf that returns its `PartitionSpec`;"
+            " `axis_name=()` if each device has a matrix of its own."
+        )
+    return PartitionSpec()
 
 
 def is_partitioned(x: Array) -> bool:

@@ -4,6 +4,7 @@ NNX shows `init` and `update` different trees of one network, so nothing but a p
 be carried from one to the other.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from .types import Number, Schedule, Where
+
+_SCHEDULES = (Number | Schedule, "Number | Schedule")  # as types, or postponed
 
 
 def path(keys: tuple[Any, ...]) -> str:
@@ -135,6 +138,30 @@ def single(norm: Float[Array, "..."]) -> Float[Array, "..."]:
     """Casts to float32, in which a float64 may be too large to be finite."""
     most = jnp.asarray(jnp.finfo(jnp.float32).max, norm.dtype)
     return jnp.where(norm < jnp.inf, jnp.minimum(norm, most), norm).astype(jnp.float32)
+
+
+def at_step(value: Any, step: Int[Array, ""]) -> Any:
+    """Returns a frozen value of hyperparameters with its schedules at this step.
+
+    A field is a schedule only if its type says that it may be one: any other function
+    is left alone, and so is what is no such value.  One that holds several has a method
+    `at_step`.
+    """
+    if hasattr(value, "at_step"):
+        return value.at_step(step)
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    changes = {}
+    for field in dataclasses.fields(value):
+        old = getattr(value, field.name)
+        is_schedule = field.type in _SCHEDULES and callable(old)
+        changes[field.name] = old(step) if is_schedule else at_step(old, step)
+    return dataclasses.replace(value, **changes)
+
+
+def like(number: Any, x: Array) -> Array:
+    """Returns a number in the dtype of an array."""
+    return jnp.asarray(number).astype(x.dtype)
 
 
 def next_step(step: Int[Array, ""]) -> Int[Array, ""]:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from .._clipping._state import ClipState
+from .._clipping._engine import ClipState
 from .._core import trees
 from .._proximal import ProximalState
 from .._sparsity._store import SparsifyState

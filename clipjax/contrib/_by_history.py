@@ -4,6 +4,7 @@ Each is its paper's rule on the engine, with its paper's defaults; what it does 
 spikes and changes of level is in each docstring, and in a table of the benchmarks.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import optax
 from jaxtyping import Array
 
 from .. import norms, responses, scopes, thresholds
-from .._clipping._engine import clip_by
+from .._clipping._engine import Bound, clip_by
 from .._core import checks as check, trees
 from .._core.types import AxisName, Number, Schedule
 
@@ -92,7 +93,7 @@ def clip_by_percentile(
     rule = thresholds.WindowedQuantile(
         quantile, 1.0, thresholds.raw, window, current=True
     )
-    return clip_by(rule, scope=_LEAF, axis_name=axis_name)
+    return clip_by(Bound(rule, _LEAF), axis_name=axis_name)
 
 
 def quantile_clip(
@@ -181,7 +182,8 @@ def zclip(
     feed = thresholds.Winsorized(1.0)
     rule = thresholds.MovingDeviation(deviations, decay, factor, target, feed, warmup)
     if skip:
-        return clip_by(rule, response=responses.zero, axis_name=axis_name)
+        bound = Bound(rule, response=responses.zero)
+        return clip_by(bound, axis_name=axis_name)
     return clip_by(thresholds.Lowest((rule, max_norm)), axis_name=axis_name)
 
 
@@ -224,11 +226,28 @@ def adagc(
     check.positive(max_norm=max_norm)
     check.whole(1, warmup=warmup)  # a mean that starts at zero would stay there
 
-    def ceiling(step):
-        return jnp.where(step < warmup, trees.bound_at(max_norm, step), jnp.inf)
-
     rule = thresholds.MovingMean(factor, decay, thresholds.clipped, warmup)
-    return clip_by(rule, scope=_LEAF, ceiling=ceiling, axis_name=axis_name)
+    first = _FirstSteps(max_norm, warmup)
+    return clip_by(first, Bound(rule, _LEAF), axis_name=axis_name)
+
+
+@dataclasses.dataclass(frozen=True)
+class _FirstSteps:
+    """A bound on the norms of the first steps, and none afterwards."""
+
+    max_norm: Number | Schedule
+    steps: int
+
+    def empty(self, norm):
+        return jnp.zeros_like(norm, jnp.int32)
+
+    def threshold(self, memory, norm):
+        bound = trees.like(self.max_norm, norm)
+        return jnp.where(memory < self.steps, bound, jnp.inf)
+
+    def remember(self, memory, norm, threshold, clipped_norm):
+        del norm, threshold, clipped_norm
+        return jnp.minimum(memory + 1, self.steps)
 
 
 def aggc(
@@ -275,12 +294,10 @@ def aggc(
     def share(step):
         return jnp.minimum(trees.value_at(low, step) / trees.value_at(high, step), 1)
 
-    return clip_by(
-        thresholds.MovingMean(high, decay, thresholds.clipped, 0),
-        scope=scopes.Group(label),
-        response=responses.Band(share, least, most),
-        axis_name=axis_name,
-    )
+    rule = thresholds.MovingMean(high, decay, thresholds.clipped, 0)
+    band = responses.Band(share, least, most)
+    bound = Bound(rule, scopes.Group(label), response=band)
+    return clip_by(bound, axis_name=axis_name)
 
 
 def clip_by_moving_sigma(
@@ -360,7 +377,7 @@ def spam_clip(
     """
     check.whole(1, warmup=warmup)  # a mean square that starts at zero would stay there
     rule = thresholds.MovingSquare(factor, decay, thresholds.clipped, warmup)
-    return clip_by(rule, scope=scopes.Element(), axis_name=axis_name)
+    return clip_by(Bound(rule, scopes.Element()), axis_name=axis_name)
 
 
 def stable_spam_clip(
@@ -388,13 +405,9 @@ def stable_spam_clip(
         Tianjin Huang et al., Stable-SPAM: How to Train in 4-Bit More Stably than 16-Bit
         Adam, 2025, https://arxiv.org/abs/2502.17055
     """
-    return clip_by(
-        thresholds.MovingPeak(decay),
-        scope=_LEAF,
-        norm=norms.inf_norm,
-        response=responses.lower_peaks,
-        axis_name=axis_name,
-    )
+    rule = thresholds.MovingPeak(decay)
+    bound = Bound(rule, _LEAF, norms.inf_norm, responses.lower_peaks)
+    return clip_by(bound, axis_name=axis_name)
 
 
 def gradient_stabilizer(
@@ -426,9 +439,6 @@ def gradient_stabilizer(
         Tianjin Huang et al., GradientStabilizer: Fix the Norm, Not the Gradient, 2026,
         https://arxiv.org/abs/2502.17055
     """
-    return clip_by(
-        thresholds.MovingRatio(mean_decay, square_decay),
-        scope=_LEAF,
-        response=responses.normalize,
-        axis_name=axis_name,
-    )
+    rule = thresholds.MovingRatio(mean_decay, square_decay)
+    bound = Bound(rule, _LEAF, response=responses.normalize)
+    return clip_by(bound, axis_name=axis_name)

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from .._clipping import _measure as parts_of, _state as states
-from .._clipping._state import ClipState
+from .. import norms
+from .._clipping import _engine as states
+from .._clipping._engine import ClipState
 from .._core import checks as check, losses, trees
 from .._core.dtypes import common
 from .._core.steps import step_if
@@ -91,7 +92,7 @@ dtype=float32))
     def update(updates, state, params=None, **extra_args):
         check.given_params("greedy_clip", params)
         loss = _loss(extra_args, axis_name)
-        norm = parts_of.whole(updates, axis_name)
+        norm = norms.global_norm(updates, scaled=True, axis_name=axis_name)
         bounds = jnp.stack(
             [trees.value_at(c, state.greedy.step) for c in thresholds]
         ).astype(norm.dtype)

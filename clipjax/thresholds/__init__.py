@@ -12,21 +12,15 @@ rule is `Released`.  `Winsorized`, in between, is robust to both.  Numbers may b
 values or, in `clip_by`, schedules.
 """
 
+from ._averages import Moments, MovingMean, MovingPeak, MovingRatio, MovingSquare
 from ._deviation import MovingDeviation, at_limit, at_mean, reciprocal
-from ._feeds import Winsorized, clipped, raw
-from ._history import Feed, History, Norms
 from ._lowest import Lowest
-from ._mean import MovingMean
 from ._minimum import RunningMinimum
-from ._moments import Moments
-from ._peak import MovingPeak
-from ._ratio import MovingRatio
 from ._relative import Relative
 from ._released import Release, Released
-from ._schedules import at_step
-from ._square import MovingSquare
+from ._rules import Feed, History, Norms
 from ._tracker import QuantileTracker
-from ._windowed import WindowedDeviation, WindowedQuantile
+from ._windows import WindowedDeviation, WindowedQuantile, Winsorized, clipped, raw
 
 __all__ = [
     "Feed",
@@ -49,7 +43,6 @@ __all__ = [
     "Winsorized",
     "at_limit",
     "at_mean",
-    "at_step",
     "clipped",
     "raw",
     "reciprocal",

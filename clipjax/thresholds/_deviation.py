@@ -2,15 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax.numpy as jnp
 
-from .._core import checks as check
-from ._feeds import clipped
-from ._history import Feed, Norms
-from ._moments import Averages, Moments, one_more, squarable
-from ._numbers import like
+from .._core import checks as check, trees
+from .._core.types import Number, Schedule
+from ._averages import Averages, Moments, one_more, squarable
+from ._rules import Feed, Norms
+from ._windows import clipped
 
 
 def at_limit(mean: Norms, deviation: Norms, score: Norms, limit: Norms) -> Norms:
@@ -71,11 +70,11 @@ class MovingDeviation(Averages):
         Array(4., dtype=float32)
     """
 
-    deviations: Any = 2.5
-    decay: Any = 0.97
-    factor: Any = 1.0
-    target: Callable = dataclasses.field(default=reciprocal, metadata={"static": True})
-    feed: Feed = dataclasses.field(default=clipped, metadata={"static": True})
+    deviations: Number | Schedule = 2.5
+    decay: Number | Schedule = 0.97
+    factor: Number | Schedule = 1.0
+    target: Callable = reciprocal
+    feed: Feed = clipped
     warmup: int = 25
 
     def __post_init__(self):
@@ -88,9 +87,11 @@ class MovingDeviation(Averages):
     def threshold(self, memory: Moments, norm: Norms) -> Norms:
         """Returns the threshold for a norm; infinity for one that is no outlier."""
         mean, deviation = memory.norm_mean, jnp.sqrt(memory.norm_variance)
-        limit = like(self.deviations, mean)
+        limit = trees.like(self.deviations, mean)
         score = (norm - mean) / (deviation + 1e-6)
-        bound = like(self.factor, mean) * self.target(mean, deviation, score, limit)
+        bound = trees.like(self.factor, mean) * self.target(
+            mean, deviation, score, limit
+        )
         outlier = (memory.norms_seen >= self.warmup) & (score > limit)
         return jnp.where(outlier, bound, jnp.inf)
 
@@ -100,7 +101,7 @@ class MovingDeviation(Averages):
         """Returns the averages with one more norm."""
         mean, variance, seen = memory
         norm = squarable(self.feed(norm, threshold, clipped_norm))
-        decay = like(self.decay, mean)
+        decay = trees.like(self.decay, mean)
         moved = decay * mean + (1 - decay) * norm
         spread = decay * variance + (1 - decay) * (norm - moved) ** 2
         # Mean and variance of all norms so far: those of a buffer, without one.

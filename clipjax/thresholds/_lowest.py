@@ -1,13 +1,13 @@
 """Several thresholds, of which the lowest counts."""
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
-from .._core import checks as check
-from ._history import History, Norms
-from ._numbers import like
+from .._core import checks as check, trees
+from .._core.types import Number, Schedule
+from ._rules import History, Norms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,13 +24,23 @@ class Lowest:
         Array(3., dtype=float32)
     """
 
-    rules: tuple[Any, ...]
+    rules: tuple[History | Number | Schedule, ...]
 
     def __post_init__(self):
         """Checks the argument."""
         for rule in self.rules:
             if not isinstance(rule, History):
                 check.not_negative(rules=rule)
+
+    def at_step(self, step: Int[Array, ""]) -> "Lowest":
+        """Returns it with the schedules of each at this step."""
+        now = (
+            trees.at_step(r, step)
+            if isinstance(r, History) or not callable(r)
+            else r(step)
+            for r in self.rules
+        )
+        return Lowest(tuple(now))
 
     def empty(self, norm: Norms) -> tuple:
         """Returns the memory of each."""
@@ -43,7 +53,9 @@ class Lowest:
         lowest = jnp.full_like(norm, jnp.inf, jnp.float32)
         for rule, own in zip(self.rules, memory, strict=True):
             is_history = isinstance(rule, History)
-            bound = rule.threshold(own, norm) if is_history else like(rule, lowest)
+            bound = (
+                rule.threshold(own, norm) if is_history else trees.like(rule, lowest)
+            )
             lowest = jnp.minimum(lowest, bound)
         return lowest
 

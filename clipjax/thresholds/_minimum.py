@@ -1,15 +1,14 @@
 """Thresholds by the least norm so far."""
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._core import checks as check
-from ._feeds import raw
-from ._history import Feed, Norms
-from ._numbers import like, zeros_like
+from .._core import checks as check, trees
+from .._core.types import Number, Schedule
+from ._rules import Feed, Norms
+from ._windows import raw
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +35,9 @@ class RunningMinimum:
         Array(2., dtype=float32)
     """
 
-    factor: Any = 2.0
-    rise: Any = 0.0
-    feed: Feed = dataclasses.field(default=raw, metadata={"static": True})
+    factor: Number | Schedule = 2.0
+    rise: Number | Schedule = 0.0
+    feed: Feed = raw
 
     def __post_init__(self):
         """Checks the arguments."""
@@ -48,11 +47,11 @@ class RunningMinimum:
 
     def empty(self, norm: Norms) -> Float[Array, "..."]:
         """Returns no minimum, marked by -1."""
-        return zeros_like(norm) - 1
+        return jnp.zeros_like(norm, jnp.float32) - 1
 
     def threshold(self, memory: Float[Array, "..."], norm: Norms) -> Norms:
         """Returns the threshold for the next norm; infinity for the first."""
-        return jnp.where(memory >= 0, like(self.factor, memory) * memory, jnp.inf)
+        return jnp.where(memory >= 0, trees.like(self.factor, memory) * memory, jnp.inf)
 
     def remember(
         self,
@@ -63,5 +62,5 @@ class RunningMinimum:
     ) -> Float[Array, "..."]:
         """Returns the minimum with one more norm."""
         norm = self.feed(norm, threshold, clipped_norm).astype(memory.dtype)
-        risen = memory * (1 + like(self.rise, memory))
+        risen = memory * (1 + trees.like(self.rise, memory))
         return jnp.where(memory >= 0, jnp.minimum(norm, risen), norm)

@@ -1,13 +1,12 @@
 """Thresholds that the parameters set."""
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 
-from .._core import checks as check
-from ._history import Norms
-from ._numbers import like
+from .._core import checks as check, trees
+from .._core.types import Number, Schedule
+from ._rules import Norms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +24,8 @@ class Relative:
         Array([1.e+02, 1.e-03], dtype=float32)
     """
 
-    factor: Any
-    least: Any = 1e-3
+    factor: Number | Schedule
+    least: Number | Schedule = 1e-3
 
     def __post_init__(self):
         """Checks the arguments."""
@@ -35,5 +34,5 @@ class Relative:
 
     def of(self, param_norm: Norms) -> Norms:
         """Returns the threshold for parameters of this norm."""
-        larger = jnp.maximum(param_norm, like(self.least, param_norm))
-        return like(self.factor, param_norm) * larger
+        larger = jnp.maximum(param_norm, trees.like(self.least, param_norm))
+        return trees.like(self.factor, param_norm) * larger

@@ -1,15 +1,15 @@
 """What lets a threshold rise again after a lasting change of level."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
-from .._core import checks as check
-from ._history import History, Norms
-from ._moments import one_more
-from ._numbers import like, zeros_like
+from .._core import checks as check, trees
+from .._core.types import Number, Schedule
+from ._averages import one_more
+from ._rules import History, Norms
 
 _MOST = 2.0**60  # times which all releases together raise a threshold
 
@@ -52,8 +52,8 @@ class Released:
     """
 
     rule: History
-    patience: Any = 10
-    growth: Any = 2.0
+    patience: Number | Schedule = 10
+    growth: Number | Schedule = 2.0
 
     def __post_init__(self):
         """Checks the arguments."""
@@ -64,7 +64,9 @@ class Released:
     def empty(self, norm: Norms) -> Release:
         """Returns the empty memory of the rule, and no release."""
         none = jnp.zeros_like(norm, jnp.int32)
-        return Release(self.rule.empty(norm), zeros_like(norm) + 1, none)
+        return Release(
+            self.rule.empty(norm), jnp.zeros_like(norm, jnp.float32) + 1, none
+        )
 
     def threshold(self, memory: Release, norm: Norms) -> Norms:
         """Returns the threshold for a norm."""
@@ -79,7 +81,7 @@ class Released:
         seen = (x / scale for x in (norm, threshold, clipped_norm))
         above = jnp.where(norm > threshold, one_more(above), 0)
         is_due = above.astype(jnp.float32) > jnp.asarray(self.patience, jnp.float32)
-        raised = jnp.minimum(scale * like(self.growth, scale), _MOST)
+        raised = jnp.minimum(scale * trees.like(self.growth, scale), _MOST)
         return Release(
             self.rule.remember(inner, *seen), jnp.where(is_due, raised, scale), above
         )

@@ -1,14 +1,13 @@
 """Thresholds that follow a quantile by small steps."""
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 
-from .._core import checks as check
-from ._history import Norms
-from ._moments import Averages, Moments, one_more
-from ._numbers import like
+from .._core import checks as check, trees
+from .._core.types import Number, Schedule
+from ._averages import Averages, Moments, one_more
+from ._rules import Norms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +29,9 @@ class QuantileTracker(Averages):
         Array(1.105171, dtype=float32)
     """
 
-    quantile: Any = 0.5
-    rate: Any = 0.2
-    start: Any = 1.0
+    quantile: Number | Schedule = 0.5
+    rate: Number | Schedule = 0.2
+    start: Number | Schedule = 1.0
 
     def __post_init__(self):
         """Checks the arguments."""
@@ -42,7 +41,7 @@ class QuantileTracker(Averages):
     def threshold(self, memory: Moments, norm: Norms) -> Norms:
         """Returns the threshold for the next norm."""
         mean = memory.norm_mean
-        return like(self.start, mean) * jnp.exp(jnp.clip(mean, -80, 80))
+        return trees.like(self.start, mean) * jnp.exp(jnp.clip(mean, -80, 80))
 
     def remember(
         self, memory: Moments, norm: Norms, threshold: Norms, clipped_norm: Norms
@@ -51,5 +50,7 @@ class QuantileTracker(Averages):
         del clipped_norm
         mean, variance, seen = memory
         below = (norm <= threshold).astype(mean.dtype)
-        moved = mean - like(self.rate, mean) * (below - like(self.quantile, mean))
+        moved = mean - trees.like(self.rate, mean) * (
+            below - trees.like(self.quantile, mean)
+        )
         return Moments(jnp.clip(moved, -80, 80), variance, one_more(seen))

@@ -1,15 +1,62 @@
-"""Thresholds by the last norms, which are all remembered."""
+"""Thresholds by the last norms, which are all remembered, and what is remembered.
+
+The rule of `clipjax.adaptive_clip` is here.
+"""
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._core import checks as check
-from ._feeds import Winsorized, raw
-from ._history import Feed, Norms
-from ._numbers import like, zeros_like
+from .._core import checks as check, trees
+from .._core.types import Number, Schedule
+from ._rules import Feed, Norms
+
+
+def raw(norm: Norms, threshold: Norms, clipped_norm: Norms) -> Norms:
+    """Remembers the norm as it came.
+
+    Example:
+        >>> raw(jnp.float32(9.0), jnp.float32(2.0), jnp.float32(2.0))
+        Array(9., dtype=float32)
+    """
+    del threshold, clipped_norm
+    return norm
+
+
+def clipped(norm: Norms, threshold: Norms, clipped_norm: Norms) -> Norms:
+    """Remembers the norm as it went.
+
+    Example:
+        >>> clipped(jnp.float32(9.0), jnp.float32(2.0), jnp.float32(2.0))
+        Array(2., dtype=float32)
+    """
+    del norm, threshold
+    return clipped_norm
+
+
+@dataclasses.dataclass(frozen=True)
+class Winsorized:
+    """Remembers a norm at no more than so many thresholds.
+
+    Args:
+        most: ≥ 1.
+
+    Example:
+        >>> Winsorized(3.0)(jnp.float32(9.0), jnp.float32(2.0), jnp.float32(2.0))
+        Array(6., dtype=float32)
+    """
+
+    most: Number | Schedule = 3.0
+
+    def __post_init__(self):
+        """Checks the argument."""
+        check.at_least(1, most=self.most)
+
+    def __call__(self, norm: Norms, threshold: Norms, clipped_norm: Norms) -> Norms:
+        """Returns what is remembered."""
+        del clipped_norm
+        return jnp.minimum(norm, trees.like(self.most, norm) * threshold)
 
 
 class _Window:
@@ -20,7 +67,7 @@ class _Window:
 
     def empty(self, norm: Norms) -> Float[Array, "..."]:
         """Returns a history with nothing in it, marked by -1."""
-        zeros = zeros_like(norm)
+        zeros = jnp.zeros_like(norm, jnp.float32)
         shape = (*zeros.shape, self.window)
         return jnp.broadcast_to(zeros[..., None], shape) - 1
 
@@ -59,9 +106,9 @@ class WindowedQuantile(_Window):
         Array(4., dtype=float32)
     """
 
-    quantile: Any = 0.9
-    factor: Any = 1.05
-    feed: Feed = dataclasses.field(default=Winsorized(), metadata={"static": True})
+    quantile: Number | Schedule = 0.9
+    factor: Number | Schedule = 1.05
+    feed: Feed = Winsorized()
     window: int = 64
     current: bool = False
 
@@ -86,7 +133,7 @@ class WindowedQuantile(_Window):
         high = jnp.take_along_axis(ordered, jnp.minimum(below + 1, last), axis=-1)
         share = place - below.astype(jnp.float32)
         between = jnp.where(share > 0, low + (high - low) * share, low)[..., 0]
-        return like(self.factor, between) * between
+        return trees.like(self.factor, between) * between
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +154,8 @@ class WindowedDeviation(_Window):
         Array(4., dtype=float32)
     """
 
-    deviations: Any = 3.0
-    feed: Feed = dataclasses.field(default=raw, metadata={"static": True})
+    deviations: Number | Schedule = 3.0
+    feed: Feed = raw
     window: int = 128
     warmup: int = 64
 
@@ -127,7 +174,7 @@ class WindowedDeviation(_Window):
         mean = jnp.sum(jnp.where(known, memory, 0), axis=-1) / entries
         apart = jnp.where(known, memory - mean[..., None], 0)
         deviation = jnp.sqrt(jnp.sum(apart**2, axis=-1) / entries)
-        bound = mean + like(self.deviations, mean) * jnp.maximum(deviation, 1e-6)
+        bound = mean + trees.like(self.deviations, mean) * jnp.maximum(deviation, 1e-6)
         return jnp.where(number >= self.warmup, bound, jnp.inf)
 
 

@@ -1,9 +1,4 @@
-"""How large a tree is, in float32 or wider whatever the dtype of its leaves.
-
-A sum of squares is kept in float32 across all leaves: in bfloat16 it stands still at
-about 22 times one leaf's norm, and in float16 it overflows at 256.  Leaves that hold no
-floating-point numbers do not count.
-"""
+"""The norms: of a tree, of its leaves, of units, of matrices."""
 
 import functools
 import math
@@ -16,27 +11,12 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Inexact, PyTree
 
-from ._core import sharding, trees
-from ._core.types import Axes, AxisName
-
-__all__ = [
-    "Norm",
-    "global_norm",
-    "inf_norm",
-    "leaf_norms",
-    "rms",
-    "spectral_norm",
-    "unit_inf_norm",
-    "unit_norm",
-    "unit_norms",
-    "unit_rms",
-]
-
+from .._core import sharding, trees
+from .._core.types import Axes, AxisName
+from ._stacked import euclidean, largest, root, rows, square, total
 
 Norm = Callable[..., Float[Array, ""]]
 """A norm of a whole tree: `global_norm`, `rms` or `inf_norm`."""
-
-_SAFE = (1e-15, 1e18)  # norms in which no float32 square over- or underflows
 
 
 def global_norm(
@@ -52,9 +32,8 @@ def global_norm(
     Args:
         tree: real or complex arrays of any shape; `None` and integers are ignored.
         scaled: right from 1.2e-38, the least normal float32, to 1e38 instead of from
-            1e-19 to 1e19, where a square
-            leaves the range of float32.  Costs two more passes, and only where the
-            first came out of range.
+            1e-19 to 1e19, where a square leaves the range of float32.  Costs
+            one more pass, and only where the first came out of range.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
@@ -64,13 +43,9 @@ def global_norm(
         >>> global_norm(jnp.array([3e30, 4e30]), scaled=True)
         Array(5.e+30, dtype=float32)
     """
-    leaves = _leaves(tree)
-    norm = _root(_sum_of_squares(leaves, axis_name))
-    if not scaled or not leaves:
-        return norm
-    low, high = _SAFE
-    in_range = (norm >= low) & (norm <= high)
-    return lax.cond(in_range, lambda: norm, lambda: _rescaled(leaves, axis_name))
+    leaves = {str(i): x for i, x in enumerate(_leaves(tree))}
+    every = dict.fromkeys(leaves)
+    return total(euclidean(leaves, every, axis_name, repaired=scaled))
 
 
 def rms(tree: PyTree, *, axis_name: AxisName = None) -> Float[Array, ""]:
@@ -88,8 +63,7 @@ def rms(tree: PyTree, *, axis_name: AxisName = None) -> Float[Array, ""]:
     """
     leaves = _leaves(tree)
     entries = sum(x.size * sharding.blocks(x, axis_name) for x in leaves)
-    mean = _sum_of_squares(leaves, axis_name) / float(max(entries, 1))
-    return _root(mean)
+    return global_norm(leaves, axis_name=axis_name) / math.sqrt(max(entries, 1))
 
 
 def inf_norm(tree: PyTree, *, axis_name: AxisName = None) -> Float[Array, ""]:
@@ -106,7 +80,7 @@ def inf_norm(tree: PyTree, *, axis_name: AxisName = None) -> Float[Array, ""]:
         Array(4., dtype=float32)
     """
     leaves = _leaves(tree)
-    peaks = [_greatest(jnp.max(jnp.abs(x)), x, axis_name) for x in leaves]
+    peaks = [largest(jnp.abs(x), None, sharding.axes_of(x, axis_name)) for x in leaves]
     if not peaks:
         return jnp.zeros([], jnp.float32)
     dtype = _widest(peaks)
@@ -126,8 +100,8 @@ def leaf_norms(
         tree: real or complex arrays of any shape; `None` and integers are ignored.
         norm: `rms`, `inf_norm` or, if none is given, `global_norm`.
         scaled: Euclidean norms right up to 1e38 instead of 1e19, where a square leaves
-            the range of float32, and down to 1e-38 where all are that small.  Costs two
-            more passes, and only then.
+            the range of float32, and down to 1e-38 where all are that small.  Costs one
+            more pass, and only then.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
@@ -138,12 +112,12 @@ def leaf_norms(
     """
     if norm is not None:
         return jax.tree.map(lambda x: norm(x, axis_name=axis_name), tree)
-    plain = jax.tree.map(lambda x: global_norm(x, axis_name=axis_name), tree)
-    if not scaled:
-        return plain
-    return _if_out_of_range(
-        plain,
-        lambda: jax.tree.map(lambda x: _rescaled(_leaves(x), axis_name), tree),
+    leaves = trees.floats(tree)
+    stacks = euclidean(leaves, dict.fromkeys(leaves), axis_name, repaired=scaled)
+    found = rows(stacks)
+    none = jnp.zeros([], jnp.float32)
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, _: found.get(trees.path(keys), none), tree
     )
 
 
@@ -164,8 +138,8 @@ def unit_norm(
         >>> unit_norm(jnp.array([[3.0, 1.0], [4.0, 0.0]]), axis=0)
         Array([[5., 1.]], dtype=float32)
     """
-    squares = jnp.sum(_square(trees.wide(x)), axis=axis, keepdims=True)
-    return _root(sharding.over(lax.psum, squares, x, axis_name))
+    squares = jnp.sum(square(trees.wide(x)), axis=axis, keepdims=True)
+    return root(sharding.over(lax.psum, squares, x, axis_name))
 
 
 def unit_rms(
@@ -177,11 +151,9 @@ def unit_rms(
         >>> unit_rms(jnp.array([[1.0, 2.0], [7.0, 2.0]]), axis=0)
         Array([[5., 2.]], dtype=float32)
     """
-    squares = jnp.sum(_square(trees.wide(x)), axis=axis, keepdims=True)
+    squares = jnp.sum(square(trees.wide(x)), axis=axis, keepdims=True)
     entries = x.size // max(squares.size, 1) * sharding.blocks(x, axis_name)
-    return _root(
-        sharding.over(lax.psum, squares, x, axis_name) / float(max(entries, 1))
-    )
+    return root(sharding.over(lax.psum, squares, x, axis_name) / float(max(entries, 1)))
 
 
 def unit_inf_norm(
@@ -194,7 +166,7 @@ def unit_inf_norm(
         Array([[4., 1.]], dtype=float32)
     """
     peaks = jnp.max(jnp.abs(trees.wide(x)), axis=axis, keepdims=True, initial=0)
-    return _greatest(peaks, x, axis_name)
+    return largest(peaks, (), sharding.axes_of(x, axis_name))
 
 
 def spectral_norm(
@@ -268,7 +240,7 @@ def unit_norms(
 ) -> dict[str, Float[Array, "..."]]:
     """Returns the Euclidean norms of the units of many leaves, right up to 1e38.
 
-    And down to 1e-38 where all are that small.  Costs two more passes, and only where a
+    And down to 1e-38 where all are that small.  Costs one more pass, and only where a
     square left the range of float32.
 
     Args:
@@ -281,38 +253,14 @@ def unit_norms(
         >>> unit_norms({"w": jnp.array([[3e30], [4e30]])}, {"w": 0})
         {'w': Array([[5.e+30]], dtype=float32)}
     """
-
-    def named(path):
-        return axis_name[path] if isinstance(axis_name, Mapping) else axis_name
-
-    def rescaled(x, axis, name):
-        unit = trees.power_of_two(unit_inf_norm(x, axis, axis_name=name))
-        shrunk = trees.wide(x) / unit.astype(trees.wide(x).dtype)
-        return unit * unit_norm(shrunk, axis, axis_name=name)
-
-    plain = {p: unit_norm(x, axes[p], axis_name=named(p)) for p, x in leaves.items()}
-    return _if_out_of_range(
-        plain,
-        lambda: {p: rescaled(x, axes[p], named(p)) for p, x in leaves.items()},
-    )
+    spans = {path: _counted(x, axes[path]) for path, x in leaves.items()}
+    return rows(euclidean(leaves, spans, axis_name))
 
 
-def _if_out_of_range(plain: PyTree, rescaled: Callable[[], PyTree]) -> PyTree:
-    """Computes norms anew where a square may have left the range of float32.
-
-    At the lower end where all norms are small: one beside larger ones may be zero.
-    """
-    sizes = [norm for norm in jax.tree.leaves(plain) if norm.size]
-    if not sizes:
-        return plain
-    low, high = _SAFE
-    peaks = jnp.stack([jnp.max(norm).astype(jnp.float32) for norm in sizes])
-    is_right = (jnp.max(peaks) >= low) & (jnp.max(peaks) <= high)
-
-    def again():
-        return jax.tree.map(lambda old, new: new.astype(old.dtype), plain, rescaled())
-
-    return lax.cond(is_right, lambda: plain, again)
+def _counted(x: Array, axis: Axes | None) -> tuple[int, ...]:
+    """Returns axes counted from the front."""
+    axes = range(x.ndim) if axis is None else (axis,) if isinstance(axis, int) else axis
+    return tuple(a % x.ndim for a in axes)
 
 
 def _leaves(tree: PyTree) -> list[Array]:
@@ -321,56 +269,10 @@ def _leaves(tree: PyTree) -> list[Array]:
     return [trees.wide(x) for x in leaves if math.prod(jnp.shape(x))]
 
 
-def _square(x: Array) -> Array:
-    if jnp.iscomplexobj(x):
-        return jnp.square(x.real) + jnp.square(x.imag)
-    return jnp.square(x)
-
-
-def _sum_of_squares(leaves: list[Array], axis_name: AxisName) -> Float[Array, ""]:
-    """Sums leaf by leaf, then across; one collective for each set of mesh axes."""
-    if not leaves:
-        return jnp.zeros([], jnp.float32)
-    groups: dict[tuple[str, ...], list[Array]] = {}
-    for x in leaves:
-        axes = sharding.axes_of(x, axis_name)
-        groups.setdefault(axes, []).append(jnp.sum(_square(x)))
-    dtype = _widest(x for sums in groups.values() for x in sums)
-    totals = []
-    for axes, sums in groups.items():
-        # Stacked and summed: a running sum over 10,000 leaves would lose digits.
-        total = jnp.sum(jnp.stack([x.astype(dtype) for x in sums]))
-        totals.append(lax.psum(total, axes) if axes else total)
-    return sum(totals[1:], start=totals[0])
-
-
-def _rescaled(leaves: list[Array], axis_name: AxisName) -> Float[Array, ""]:
-    """Returns the norm of leaves whose squares may leave the range of float32."""
-    if not leaves:
-        return jnp.zeros([], jnp.float32)
-    unit = trees.power_of_two(inf_norm(leaves, axis_name=axis_name))
-    shrunk = [x / unit.astype(x.dtype) for x in leaves]
-    norm = _root(_sum_of_squares(shrunk, axis_name))
-    return unit.astype(norm.dtype) * norm
-
-
 def _widest(values: Iterable[Array]) -> Any:
     """Returns float64 where a value has it: strict promotion would refuse to choose."""
     is_double = any(x.dtype == jnp.float64 for x in values)
     return jnp.float64 if is_double else jnp.float32
-
-
-def _greatest(
-    peak: Float[Array, "..."], x: Array, axis_name: AxisName
-) -> Float[Array, "..."]:
-    """Returns the greatest over the devices, NaN where one is: `pmax` may lose it."""
-    axes = sharding.axes_of(x, axis_name)
-    if not axes:
-        return peak
-    unknown = jnp.isnan(peak)
-    both = jnp.stack([jnp.where(unknown, 0, peak), unknown.astype(peak.dtype)])
-    most, any_unknown = lax.pmax(both, axes)
-    return jnp.where(any_unknown > 0, jnp.nan, most)
 
 
 def _refuse_blocks(x: Array) -> None:
@@ -381,14 +283,3 @@ def _refuse_blocks(x: Array) -> None:
             " block has other singular values. Give `spec`, `PartitionSpec()` if each"
             " device has a matrix of its own."
         )
-
-
-def _root(square: Float[Array, "..."]) -> Float[Array, "..."]:
-    """√, with gradient 0 instead of NaN at 0."""
-    zero = square == 0
-    positive = jnp.where(zero, jnp.ones_like(square), square)
-    return jnp.where(zero, jnp.zeros_like(square), jnp.sqrt(positive))
-
-
-def __dir__() -> list[str]:
-    return __all__
