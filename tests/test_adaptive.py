@@ -278,7 +278,7 @@ def test_without_parameters_the_first_step_passes():
 
 @pytest.mark.parametrize("level", [1e-6, 1.0, 1e3, 1e5])
 def test_any_scale_is_found_in_a_few_steps(level):
-    out, _, _ = fed(usual(100, level=level), tx=ALONE, param_norm=10.0)
+    out, _, _ = fed(usual(100, level=level), param_norm=10.0)
     norms = usual(100, level=level)
     assert (out[20:] >= 0.9 * norms[20:]).mean() > 0.9
 
@@ -286,7 +286,7 @@ def test_any_scale_is_found_in_a_few_steps(level):
 def test_a_bad_first_step_is_forgotten():
     norms = usual(200)
     norms[0] = 1e6
-    out, _, _ = fed(norms, tx=ALONE, param_norm=50.0)
+    out, _, _ = fed(norms, param_norm=50.0)
     assert out[0] == pytest.approx(0.5)
     assert (out[20:] >= 0.9 * norms[20:]).mean() > 0.9
 
