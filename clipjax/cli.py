@@ -4,6 +4,8 @@ The words of the command line become functions here and nowhere else.  The packa
 the extra `train` are imported where they are used, so that `--help` works without them.
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import functools

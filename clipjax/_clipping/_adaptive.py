@@ -1,5 +1,7 @@
 """Clipping against the recent past: no threshold to tune."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 
 import optax

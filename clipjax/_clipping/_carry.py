@@ -1,5 +1,7 @@
 """Error feedback: what a clip cuts off is not lost but comes with the next update."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax
@@ -29,21 +31,25 @@ def carry_clipped(
 
     uₜ = clip(gₜ + Δₜ), Δₜ₊₁ = gₜ + Δₜ - uₜ, Δ₁ = 0
 
-    All that went in has come out or is still carried: Σuₜ + Δ = Σgₜ, whatever `inner`
-    does, up to float32's rounding of Δ.  What rounding to a narrow dtype cuts off an
-    update is carried too.  `inner` is a clip: it sees the sum in float32 or wider, and
-    what it returns is rounded to the update's dtype.  Where it always cuts, because the
-    mean of the gradients is above its threshold, the carry grows without bound.
+    Use it around a clip where rare large gradients matter: a clip alone shrinks their
+    share of the mean.
+
+    Whatever went in has come out or is still carried: Σuₜ + Δ = Σgₜ, up to float32's
+    rounding of Δ.  What rounding to a narrow dtype cuts off is carried too.  `inner`
+    sees the sum in float32 or wider; its result is rounded to the update's dtype.  If
+    the mean of the gradients is above the threshold, the carry grows without bound.
 
     An update with a NaN or an infinity, or whose sum with the carry overflows, goes
     through `inner` without the carry, which stays as it is.
 
     Args:
-        inner: any clip, before the optimizer.
+        inner: the clip, before the optimizer.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> import clipjax, jax.numpy as jnp, optax
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> import clipjax
         >>> tx = clipjax.carry_clipped(optax.clip(1.0))
         >>> state = tx.init(jnp.zeros(2))
         >>> for size in [3.0, 0.0, 0.5, 0.0]:

@@ -1,5 +1,7 @@
 """Clipping entry by entry."""
 
+from __future__ import annotations
+
 import optax
 
 from .. import responses, scopes
@@ -24,7 +26,8 @@ def clip(max_delta: Number | Schedule) -> optax.GradientTransformationExtraArgs:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> tx = clip(1.0)
+        >>> import clipjax
+        >>> tx = clipjax.clip(1.0)
         >>> updates = {"w": jnp.array([3.0, -0.5]), "z": jnp.array([3 + 4j])}
         >>> clipped, _ = tx.update(updates, tx.init(updates))
         >>> clipped["w"], clipped["z"]

@@ -6,6 +6,8 @@ norms of coarser scopes, thresholds, factors, the record.  Each leaf is read a s
 time, when it is multiplied by its own row of factors.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -89,7 +91,8 @@ class Bound:
             past knows no norm; not used where `update` gets no parameters.
 
     Example:
-        >>> Bound(1.0, scopes.Leaf()).norm is norms.global_norm
+        >>> import clipjax
+        >>> clipjax.Bound(1.0, clipjax.scopes.Leaf()).norm is clipjax.norms.global_norm
         True
     """
 
@@ -185,7 +188,8 @@ def clip_by(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> tx = clip_by(Bound(1.0, scopes.Leaf()), 0.5)
+        >>> import clipjax
+        >>> tx = clipjax.clip_by(clipjax.Bound(1.0, clipjax.scopes.Leaf()), 0.5)
         >>> updates = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([0.0])}
         >>> tx.update(updates, tx.init(updates))[0]["a"]  # to norm 1, then to 0.5
         Array([0.3, 0.4], dtype=float32)

@@ -1,5 +1,7 @@
 """Clipping by a fixed norm: of the whole tree, or of each leaf."""
 
+from __future__ import annotations
+
 import jax.numpy as jnp
 import optax
 
@@ -28,7 +30,9 @@ def clip_by_global_norm(
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> tx = clip_by_global_norm(1.0)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> tx = clipjax.clip_by_global_norm(1.0)
         >>> updates = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
         >>> tx.update(updates, tx.init(updates))[0]
         {'a': Array([0.6], dtype=float32), 'b': Array([0.8], dtype=float32)}
@@ -58,7 +62,9 @@ def clip_by_leaf_norm(
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> tx = clip_by_leaf_norm(1.0)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> tx = clipjax.clip_by_leaf_norm(1.0)
         >>> updates = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([0.5])}
         >>> tx.update(updates, tx.init(updates))[0]
         {'a': Array([0.6, 0.8], dtype=float32), 'b': Array([0.5], dtype=float32)}
@@ -88,7 +94,9 @@ def clip_by_block_rms(
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> tx = clip_by_block_rms(1.0)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> tx = clipjax.clip_by_block_rms(1.0)
         >>> updates = {"a": jnp.array([1.0, 7.0]), "b": jnp.array([0.5])}
         >>> tx.update(updates, tx.init(updates))[0]
         {'a': Array([0.2, 1.4], dtype=float32), 'b': Array([0.5], dtype=float32)}
@@ -123,7 +131,9 @@ def normalize_by_update_norm(
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> tx = normalize_by_update_norm(10.0)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> tx = clipjax.normalize_by_update_norm(10.0)
         >>> updates = {"a": jnp.array([3e-9, 4e-9])}
         >>> tx.update(updates, tx.init(updates))[0]
         {'a': Array([6., 8.], dtype=float32)}

@@ -43,36 +43,40 @@ def reset_moments(
     on_spike: History | None = None,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Restarts the moments of an optimizer, lest they remember a spike for long.
+    """Restarts the moments of an optimizer at intervals, or at spikes.
 
     mₜ ← 0, vₜ ← 0, … if s = ΔT or nₜ > Tₜ; u ← u · (1 - 0.99·(1 + cos(πs/N))/2), s < N
 
-    s is the number of steps since the last reset.  Before the step on which s = ΔT, the
-    moments become what `inner.init` makes them; the update then grows back to its full
-    size over N steps.  A spike, a gradient whose norm nₜ is above the threshold of
-    `on_spike`, also resets them, before the step and after it: it meets no old moments,
-    moves the parameters by a hundredth of a step, and is not remembered.
+    Use it where Adam remembers a spike for too long.
 
-    `inner` may be any optimizer: moments are the arrays of its state whose shapes
-    follow those of the parameters.  What stands beside moments in one NamedTuple
-    restarts with them, as Adam's count for its bias correction has to.  What stands
-    apart goes on: a schedule's step, the norms that a clip has seen.  Not only moments
-    have such shapes, so keep gradient accumulation, a carry and masks outside.
+    s is the number of steps since the last reset.  Before the step on which s = ΔT, the
+    moments become those of `inner.init`; the update then grows back to its full size
+    over N steps.  With `on_spike`, a gradient whose norm nₜ is above the threshold
+    resets them before the step and after it: it meets no old moments, moves the
+    parameters by a hundredth of a step, and is not remembered.
+
+    `inner` may be any optimizer: its moments are the arrays of its state that have the
+    shapes of the parameters.  What stands in one NamedTuple with moments restarts with
+    them, such as Adam's count.  What stands apart goes on: the step of a schedule, the
+    norms that a clip has seen.  Keep gradient accumulation, `carry_clipped` and masks
+    outside, since their arrays have these shapes too.
 
     A step with a NaN or an infinity becomes zero and leaves `inner` as it is.
 
     Args:
         inner: the optimizer.
-        every: ΔT ≥ 1, a number, a traced value or a schedule; `None` for resets at
-            spikes only.
-        warmup: N ≥ 0, over how many steps the update grows back; 0 for none; a number,
-            a traced value or a schedule.
-        on_spike: which norms are spikes, such as
+        every: ΔT ≥ 1, the number of steps between two resets; a number, a traced value
+            or a schedule; `None` for resets at spikes only.
+        warmup: N ≥ 0, the number of steps over which the update grows back; a number, a
+            traced value or a schedule.
+        on_spike: the threshold above which a norm is a spike, such as
             `thresholds.WindowedQuantile(factor=3.0)`; `None` for no such resets.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> import clipjax, jax.numpy as jnp, optax
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> import clipjax
         >>> tx = clipjax.reset_moments(optax.sgd(1.0, momentum=0.5), every=2, warmup=2)
         >>> state = tx.init(jnp.zeros(1))
         >>> for _ in range(5):

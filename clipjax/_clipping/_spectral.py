@@ -1,5 +1,7 @@
 """Clipping the singular values of each matrix of the update."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
@@ -59,7 +61,9 @@ def spectral_clip(
             `()` if each device clips its own.
 
     Example:
-        >>> tx = spectral_clip(1.0)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> tx = clipjax.spectral_clip(1.0)
         >>> updates = {"kernel": jnp.array([[4.0, 0.0], [0.0, 0.5]])}
         >>> jnp.round(tx.update(updates, tx.init(updates))[0]["kernel"], 5)
         Array([[1. , 0. ],

@@ -1,5 +1,7 @@
 """Clipping unit by unit, relative to the parameters."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 
 import optax
@@ -48,7 +50,8 @@ def adaptive_grad_clip(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> tx = adaptive_grad_clip(0.1)
+        >>> import clipjax
+        >>> tx = clipjax.adaptive_grad_clip(0.1)
         >>> params = {"kernel": jnp.array([[3.0, 0.0], [4.0, 1.0]])}
         >>> updates = {"kernel": jnp.array([[1.0, 0.03], [0.0, 0.04]])}
         >>> tx.update(updates, tx.init(params), params)[0]["kernel"]

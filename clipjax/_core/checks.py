@@ -3,6 +3,8 @@
 A tracer has no value yet and a schedule has one a step: neither can be checked here.
 """
 
+from __future__ import annotations
+
 import numbers
 from collections.abc import Iterator
 from typing import Any

@@ -1,5 +1,7 @@
 """Calls of `update` outside of any trace, compiled once for each kind of arguments."""
 
+from __future__ import annotations
+
 import functools
 import numbers
 from collections.abc import Callable

@@ -3,6 +3,8 @@
 By `jax.lax.cond` and not by `jnp.where`, which would need memory for both states.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

@@ -4,6 +4,8 @@ Each is its paper's rule on the engine, with its paper's defaults; what it does 
 spikes and changes of level is in each docstring, and in a table of the benchmarks.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable
 
@@ -40,7 +42,9 @@ def autoclip(
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> tx = autoclip(0.5)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> tx = clipjax.contrib.autoclip(0.5)
         >>> state = tx.init({"w": jnp.zeros(1)})
         >>> for norm in [1.0, 3.0, 9.0]:
         ...     updates, state = tx.update({"w": jnp.array([norm])}, state)
@@ -82,7 +86,9 @@ def clip_by_percentile(
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> tx = clip_by_percentile(0.0)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> tx = clipjax.contrib.clip_by_percentile(0.0)
         >>> state = tx.init({"w": jnp.zeros(1)})
         >>> for norm in [3.0, 1.0, 9.0]:
         ...     updates, state = tx.update({"w": jnp.array([norm])}, state)
@@ -125,7 +131,9 @@ def quantile_clip(
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> tx = quantile_clip(0.5, start=4.0)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> tx = clipjax.contrib.quantile_clip(0.5, start=4.0)
         >>> state = tx.init({"w": jnp.zeros(1)})
         >>> updates, state = tx.update({"w": jnp.array([9.0])}, state)
         >>> updates["w"], tx.update({"w": jnp.array([9.0])}, state)[0]["w"]
@@ -175,7 +183,11 @@ def zclip(
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> tx = zclip(2.0, warmup=2, max_norm=jnp.inf, target=thresholds.at_limit)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> tx = clipjax.contrib.zclip(
+        ...     2.0, warmup=2, max_norm=jnp.inf, target=clipjax.thresholds.at_limit
+        ... )
         >>> state = tx.init({"w": jnp.zeros(1)})
         >>> for norm in [3.0, 1.0, 100.0]:
         ...     updates, state = tx.update({"w": jnp.array([norm])}, state)
@@ -224,7 +236,9 @@ def adagc(
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> tx = adagc(2.0, warmup=2, max_norm=4.0)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> tx = clipjax.contrib.adagc(2.0, warmup=2, max_norm=4.0)
         >>> state = tx.init({"w": jnp.zeros(1)})
         >>> for norm in [3.0, 5.0, 100.0]:
         ...     updates, state = tx.update({"w": jnp.array([norm])}, state)
@@ -293,7 +307,9 @@ def aggc(
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> tx = aggc(lambda path, leaf: path.split("/")[0])
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> tx = clipjax.contrib.aggc(lambda path, leaf: path.split("/")[0])
         >>> updates = {"dense": {"kernel": jnp.array([2.0])}}
         >>> tx.update(updates, tx.init(updates))[0]["dense"]["kernel"]
         Array([1.8], dtype=float32)
@@ -339,7 +355,9 @@ def clip_by_moving_sigma(
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> tx = clip_by_moving_sigma(2.0, window=4, warmup=2)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> tx = clipjax.contrib.clip_by_moving_sigma(2.0, window=4, warmup=2)
         >>> state = tx.init({"w": jnp.zeros(1)})
         >>> for norm in [3.0, 1.0, 100.0]:
         ...     updates, state = tx.update({"w": jnp.array([norm])}, state)
@@ -382,7 +400,9 @@ def spam_clip(
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> tx = spam_clip(4.0, decay=0.0, warmup=1)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> tx = clipjax.contrib.spam_clip(4.0, decay=0.0, warmup=1)
         >>> state = tx.init({"w": jnp.zeros(2)})
         >>> for size in [1.0, 9.0]:
         ...     updates, state = tx.update({"w": jnp.array([size, 1.0])}, state)
@@ -417,7 +437,9 @@ def stable_spam_clip(
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> tx = stable_spam_clip(0.0)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> tx = clipjax.contrib.stable_spam_clip(0.0)
         >>> updates = {"w": jnp.array([3.0, -1.0])}
         >>> tx.update(updates, tx.init(updates))[0]["w"]
         Array([ 3., -1.], dtype=float32)
@@ -452,7 +474,9 @@ def gradient_stabilizer(
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> tx = gradient_stabilizer()
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> tx = clipjax.contrib.gradient_stabilizer()
         >>> updates = {"w": jnp.array([0.0, -8.0])}
         >>> jnp.round(tx.update(updates, tx.init(updates))[0]["w"], 5)
         Array([ 0., -1.], dtype=float32)

@@ -39,21 +39,22 @@ def greedy_clip(
     relative: bool = False,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Tries some thresholds of the gradient's norm and takes the one that helps most.
+    """Tries several thresholds in each step, and takes the one of the lowest loss.
 
     u = u_c*, c* = argmin_c L(θ + u_c), u_c = inner(g · c / max(c, ‖g‖₂))
 
-    Wraps the optimizer, and asks for the loss as Optax's line searches do:
-    `update(g, state, params, value_fn=loss, x=x, y=y)`, where extra arguments that
-    `value_fn` names are passed to it, and all of them to `inner`.  The loss is that of
-    one batch: a step that is best for it need not be best for the next one.
+    Use it where a few more evaluations of the loss are cheap; the loss is that of one
+    batch, and the best step for it need not be best for the next.
 
-    The thresholds are tried one after the other and the winner's step is computed
+    It wraps the optimizer, and gets the loss as Optax's line searches do: `update(g,
+    state, params, value_fn=loss, x=x, y=y)`.  Extra arguments that `value_fn` names are
+    passed to it, and all of them to `inner`.
+
+    The thresholds are tried one after the other, and the winner's step is computed
     anew: k thresholds cost k evaluations of the loss and k + 1 steps of `inner`, but
-    memory for one more network only.  The state of `inner` is that after the winner's
-    step.  Of equal losses the first wins; one that is not finite never does.  Where all
-    are such, or the update holds a NaN or an infinity, the update is zero, `inner`
-    keeps its state, and the step is counted.
+    memory for only one more network.  Of equal losses the first wins; one that is not
+    finite never does.  If none is finite, or the update holds a NaN or an infinity, the
+    update is zero, `inner` keeps its state, and the step is counted.
 
     Args:
         inner: the optimizer.
@@ -64,7 +65,10 @@ def greedy_clip(
             losses that differ over them are averaged.
 
     Example:
-        >>> import clipjax, jax, jax.numpy as jnp, optax
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> import clipjax
         >>> tx = clipjax.contrib.greedy_clip(optax.sgd(1.0), [1.0, 4.0, 16.0])
         >>> loss = lambda params: jnp.sum(params**2)
         >>> params = jnp.array([3.0, 4.0])  # best is a step of length 5

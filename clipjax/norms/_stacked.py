@@ -4,6 +4,8 @@ So that all but the reading of an array is written once, and not once an array: 
 compiler, and whoever reads what it made, meets a leaf three times and not thirty.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
