@@ -1,8 +1,19 @@
-"""What becomes of an update whose norm is compared with a threshold.
+"""What becomes of a part of an update, from its norm n and its threshold T.
 
-A response is a function of norm and threshold that returns the factor by which the
-update is scaled, or an `Entrywise` one.  The last three functions are no responses:
-they say what becomes of an update that is not finite.
+| you want ...                                       | use                             |
+| -------------------------------------------------- | ------------------------------- |
+| norms above T brought down to T (the default)      | `scale`                         |
+| norms shrunk smoothly, so that they tend to T      | `smooth`                        |
+| every norm to be T                                 | `normalize`                     |
+| norms below T raised to T                          | `floor`                         |
+| norms between a share of T and T                   | `Band`                          |
+| parts above T dropped                              | `zero`                          |
+| single entries clipped, not norms                  | `clamp`, `lower_peaks`          |
+
+A response is a function of n and T that returns a factor, or an `Entrywise` value.
+
+What becomes of an update that is not finite is another matter: `propagate` lets it
+pass, `zero_scope` makes its part zero, `skip` the whole update.
 """
 
 import dataclasses

@@ -1,9 +1,18 @@
-"""What is measured together: an entry, a unit, a layer, a leaf, a group, or all.
+"""Which entries are measured together.
 
-A unit is what feeds one output of a layer: a column of a Dense kernel, a filter of a
-convolution.  The rank of a kernel does not tell which axes these are: (3, 64, 32) may
-be a 1-D convolution with 32 outputs or a projection to 64 heads of 32.  The bias next
-to it does, since it has the shape of the outputs.
+| you want to measure ...                            | use                             |
+| -------------------------------------------------- | ------------------------------- |
+| the whole update (the default)                     | `Tree`                          |
+| leaves that share a label                          | `Group`                         |
+| each leaf                                          | `Leaf`                          |
+| each layer, where `nn.scan` stacks them in a leaf  | `Layer`                         |
+| what feeds one output of a layer                   | `Unit`                          |
+| each entry                                         | `Element`                       |
+
+A unit is a column of a Dense kernel, or a filter of a convolution.  The rank of a
+kernel does not tell its axes: (3, 64, 32) may be a 1-D convolution with 32 outputs or a
+projection to 64 heads of 32.  The bias next to it does: it has the shape of the
+outputs.
 """
 
 import dataclasses

@@ -9,14 +9,15 @@ from ._engine import Bound, clip_by
 
 
 def clip(max_delta: Number | Schedule) -> optax.GradientTransformationExtraArgs:
-    """Clips every entry to [-c, c]; a complex one to magnitude c.
+    """Clips every entry to [-c, c], a complex one to magnitude c.
 
     uᵢ ← min(max(uᵢ, -c), c), and zᵢ ← zᵢ·min(1, c/|zᵢ|)
 
-    Takes the place of `optax.clip`, which refuses complex entries.  The bound is
-    rounded down to each leaf's dtype, so that no entry exceeds it.  An infinity becomes
-    ±c and a NaN stays.  Leaves that are not floating pass unchanged.  No norm is
-    measured, so `clipjax.metrics` shows none.
+    Use it in place of `optax.clip`, which refuses complex entries.
+
+    The bound is rounded down to each leaf's dtype, so that no entry exceeds it.  An
+    infinity becomes ±c and a NaN stays.  Leaves that are not floating pass unchanged.
+    No norm is measured, so `clipjax.metrics` shows none.
 
     Args:
         max_delta: c ≥ 0, a number, a traced value or a schedule.

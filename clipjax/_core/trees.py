@@ -50,6 +50,15 @@ def map_by_path(function: Callable[..., Any], tree: PyTree, *rest: Mapping) -> P
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
+def replaced(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
+    """Returns a tree with other leaves at some paths."""
+
+    def new(keys, leaf):
+        return leaves.get(path(keys), leaf)
+
+    return jax.tree_util.tree_map_with_path(new, tree)
+
+
 def floats(tree: PyTree) -> dict[str, Any]:
     """Returns by path the leaves that hold floating-point numbers, as JAX arrays."""
     leaves = by_path(tree).items()

@@ -9,6 +9,7 @@ from jaxtyping import Array, PyTree
 from .. import allocations, masks, patterns, scores
 from .._core import checks as check, trees
 from .._core.types import AxisName, Number, Where
+from ..patterns._by_path import marks
 
 
 def prune(
@@ -61,7 +62,7 @@ def prune(
         )
     leaves = trees.chosen(params, where)
     scored = _scored(score, leaves)
-    marked = patterns.marks(
+    kept = marks(
         scored,
         leaves,
         jnp.clip(jnp.asarray(sparsity, jnp.float32), 0, 1),
@@ -69,7 +70,7 @@ def prune(
         allocation=allocation,
         axis_name=axis_name,
     )
-    return trees.map_by_path(lambda x, mask: masks.apply(mask, x), params, marked)
+    return trees.map_by_path(lambda x, mask: masks.apply(mask, x), params, kept)
 
 
 def _scored(score: Any, leaves: dict[str, Array]) -> Mapping[str, Any]:

@@ -19,6 +19,7 @@ from .._sparsity._store import (
     is_due,
 )
 from ..allocations import Allocation
+from ..patterns._by_path import marks
 
 _STEPS = 3  # that a rewind takes: θ + (θₖ - θ) is θₖ only if the two are close
 
@@ -127,7 +128,7 @@ def rewinding(
             share = 1 - left * (1 - state.rewinding.total_sparsity)
         else:
             share = 1 - left**done
-        return patterns.marks(
+        return marks(
             {p: jnp.where(old[p], jnp.abs(x), -1) for p, x in leaves.items()},
             leaves,
             jnp.clip(share, 0, 1),

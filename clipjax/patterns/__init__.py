@@ -1,7 +1,7 @@
 """In what shape zeros come: from scores and a sparsity to masks.
 
 A pattern is a frozen value with one method, `masks`; `sparsify` calls it with the
-scores of all leaves together, so that a pattern may compare them.  Where a network
+scores of all leaves by path, so that a pattern may compare them.  Where a network
 needs several patterns, a function of path and leaf takes the place of the pattern, and
 the leaves of each pattern share the sparsity among themselves.
 
@@ -11,12 +11,12 @@ right on any mesh.
 """
 
 from ._blocks import Blocks
-from ._by_path import PatternByPath, marks
+from ._by_path import PatternByPath
 from ._channels import Channels
 from ._combined import Combined
 from ._fan_in import FanIn
 from ._n_of_m import NofM
-from ._pattern import Pattern, Scores
+from ._pattern import Pattern
 from ._pools import l2, max, mean
 from ._unstructured import Unstructured
 
@@ -28,10 +28,8 @@ __all__ = [
     "NofM",
     "Pattern",
     "PatternByPath",
-    "Scores",
     "Unstructured",
     "l2",
-    "marks",
     "max",
     "mean",
 ]
