@@ -1,11 +1,14 @@
 """`clip_by`: every scope, norm and response against NumPy in float64."""
 
+import dataclasses
 import functools
+from collections.abc import Callable
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import P
 
@@ -695,3 +698,89 @@ def test_strict_has_a_gradient():
 
     for dtype in ("float32", "bfloat16"):
         assert jnp.isfinite(jax.jit(jax.grad(total))(jnp.ones(4, dtype))).all()
+
+
+# Several bounds on one measurement
+
+
+def test_bounds_do_what_a_chain_of_clips_does():
+    updates, params = normal(SHAPES, seed=1), normal(SHAPES, seed=2)
+    bounds = [
+        Bound(thresholds.Relative(0.3), scopes.Unit()),
+        Bound(0.5, scopes.Leaf(), norms.rms),
+        1.0,
+    ]
+    for order in (bounds, bounds[::-1], bounds[1:]):
+        together, state = jax.jit(functools.partial(first, clip_by(*order)))(
+            updates, params=params
+        )
+        clips = [clip_by(bound) for bound in order]
+        apart, states = jax.jit(functools.partial(first, optax.chain(*clips)))(
+            updates, params=params
+        )
+        assert_same(together, apart, rtol=2e-6)
+        for name in ("norm", "clipped_norm"):
+            last = states[0 if name == "norm" else -1].clip
+            actual, expected = getattr(state.clip, name), getattr(last, name)
+            np.testing.assert_allclose(actual, expected, rtol=2e-6)
+        np.testing.assert_array_equal(state.clip.clipped_steps, 1)
+
+
+def test_every_leaf_is_read_once_however_many_bounds_there_are():
+    """But for the norms of norms, which are few."""
+
+    def sums(*bounds):
+        step = jax.make_jaxpr(functools.partial(first, clip_by(*bounds)))
+        equations = step(normal(SHAPES)).jaxpr.eqns  # but for those in a branch
+        large = max(leaf.size for leaf in jax.tree.leaves(normal(SHAPES)))
+        read = [eqn for eqn in equations if eqn.primitive.name == "reduce_sum"]
+        return sum(eqn.invars[0].aval.size == large for eqn in read)
+
+    assert sums(Bound(0.5, scopes.Unit())) == 1
+    assert sums(Bound(0.5, scopes.Unit()), Bound(0.5, scopes.Leaf()), 1.0) == 1
+
+
+@pytest.mark.parametrize("state", [None, optax.EmptyState()])
+def test_a_caller_may_keep_no_state_where_there_is_nothing_to_remember(state):
+    updates = {"w": jnp.array([3.0, 4.0])}
+    params = {"w": jnp.ones(2)}
+    for tx in (
+        clipjax.clip_by_global_norm(1.0),
+        clipjax.clip_by_block_rms(0.5),
+        clipjax.clip(1.0),
+        clipjax.normalize_by_update_norm(),
+        clipjax.adaptive_grad_clip(0.1),
+    ):
+        clipped, after = tx.update(updates, state, params)
+        assert after is state
+        assert_same(clipped, tx.update(updates, tx.init(params), params)[0], rtol=0)
+    for tx in (clipjax.adaptive_clip(), clip_by(lambda step: step + 1.0)):
+        with pytest.raises(
+            ValueError, match=r"^state must be what `tx\.init\(params\)`"
+        ):
+            tx.update(updates, state, params)
+
+
+@dataclasses.dataclass(frozen=True)
+class Peaks:
+    """A rule of a user's own, with a function of its own."""
+
+    pick: Callable
+
+    def empty(self, norm):
+        return jnp.zeros_like(norm)
+
+    def threshold(self, memory, norm):
+        return jnp.where(memory > 0, memory, jnp.inf)
+
+    def remember(self, memory, norm, threshold, clipped_norm):
+        return self.pick(memory, norm)
+
+
+def test_a_rule_of_ones_own_may_hold_functions():
+    tx = clip_by(Bound(Peaks(jnp.maximum), scopes.Leaf()))
+    state, out = tx.init({"w": jnp.zeros(1)}), []
+    for norm in [2.0, 1.0, 9.0, 9.0]:
+        updates, state = tx.update({"w": jnp.array([norm])}, state)
+        out.append(float(updates["w"][0]))
+    np.testing.assert_allclose(out, [2, 1, 2, 9])
