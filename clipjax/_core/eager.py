@@ -18,8 +18,9 @@ def compiled(update: Callable[..., Any]) -> Callable[..., Any]:
     factory wraps its `update` in this, once, and returns the result.
 
     Where an argument is traced, `update` runs as it stands and adds no call to the
-    program.  Where one is no array and no number, such as a function among the extra
-    arguments, it runs as it stands too, and is not compiled.
+    program.  Numbers count as arrays, and arrive traced.  Where an argument is neither,
+    such as a function among the extra arguments, `update` runs as it stands too, and is
+    not compiled.
     """
     jitted = jax.jit(update)
 
