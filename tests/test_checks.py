@@ -106,6 +106,9 @@ WRONG = {
     "optax.inject_hyperparams(clipjax.adaptive_clip)(factor=2.0).init({})": (
         "name it in `static_args`"
     ),
+    "optax.inject_hyperparams(clipjax.sparsify, ['where','allocation'])(.5).init({})": (
+        "score is static and must be a function"
+    ),
 }
 
 
@@ -260,4 +263,4 @@ def test_a_sparsity_known_too_late_to_check_is_brought_into_range():
 
 def test_allocations_check_what_sparsify_gives_them():
     with pytest.raises(ValueError, match=r"^floor must be at least 0, but is -2"):
-        allocations.uniform([(2, 2)], 0.5, floor=-2)
+        allocations.uniform(["a"], [(2, 2)], 0.5, floor=-2)

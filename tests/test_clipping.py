@@ -421,7 +421,7 @@ def test_the_step_stays_at_the_last_int32():
     last = jnp.iinfo(jnp.int32).max
     state = tx.init(None)
     state = state._replace(clip=state.clip._replace(step=jnp.int32(last)))
-    assert tx.update({"w": jnp.ones(2)}, state)[1].step == last
+    assert tx.update({"w": jnp.ones(2)}, state)[1].clip.step == last
 
 
 def test_a_schedule_is_read_at_each_step():

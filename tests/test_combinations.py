@@ -24,8 +24,12 @@ class Half:
 
     def masks(self, scores, sparsity, *, allocation, axis_name=None):
         del allocation, axis_name
-        middle = [jnp.sort(jnp.ravel(x))[x.size // 2 - 1] for x in scores]
-        return [(x > y) | (sparsity == 0) for x, y in zip(scores, middle, strict=True)]
+
+        def half(x):
+            middle = jnp.sort(jnp.ravel(x))[x.size // 2 - 1]
+            return (x > middle) | (sparsity == 0)
+
+        return {path: half(x) for path, x in scores.items()}
 
 
 S = clipjax.sparsify(0.5, pattern=Half())

@@ -11,7 +11,7 @@ from jax import P
 
 import clipjax
 from clipjax import contrib, masks
-from clipjax._sparsity import _drop_grow as drop_grow
+from clipjax.contrib import _snfs as snfs
 from clipjax.selection._counts import of
 from helpers import assert_same, integers, normal, relaxed
 from test_contract import MOST_BYTES, collectives, devices
@@ -24,7 +24,7 @@ METHODS = {
     "set": functools.partial(contrib.sparse_evolutionary, key=KEY, every=2),
     "rigl": functools.partial(clipjax.rigl, key=KEY, every=2, total_steps=12),
     "snfs": functools.partial(
-        contrib.sparse_momentum, key=KEY, every=2, total_steps=12
+        contrib.sparse_momentum, key=KEY, every=2, total_steps=13
     ),
 }
 STEPS = 10
@@ -124,7 +124,7 @@ def test_sparse_momentum_grows_where_gradients_agree():
         means.append(mean)
     changed = 0
     for params, old, _, step, _, new in moves("snfs"):
-        share = np.float32(0.25) * (1 + np.cos(np.pi * step / 12))
+        share = np.float32(0.25) * (1 + np.cos(np.pi * step / 13))
         momentum = {path: np.abs(m) for path, m in means[step].items()}
         number = {path: mask.sum() for path, mask in old.items()}
         dropped = {path: min(int(share * n), n - 1) for path, n in number.items()}
@@ -149,9 +149,7 @@ def test_a_full_array_passes_on_what_it_cannot_take():
         (10, [1.0, 0.0, 0.0], [2, 4, 4], [2, 4, 4]),
         (200_001, [0.5, 0.5, 0.0], [10**6] * 3, [100_000, 100_000, 1]),
     ]:
-        parts = drop_grow.redistributed(
-            of(total), jnp.array(shares), of(room), [5, 6, 70]
-        )
+        parts = snfs.redistributed(of(total), jnp.array(shares), of(room), [5, 6, 70])
         assert integers(parts) == expected
 
 
@@ -197,7 +195,8 @@ def test_new_connections_start_anew_and_take_the_step_of_their_move(name):
             scale = np.sqrt(nu[path] / (1 - 0.999 ** (i + 1))) + 1e-8
             step = -0.125 * mu[path] / (1 - 0.9 ** (i + 1)) / scale
             expected = np.where(new[path], leaf + step, 0)
-            np.testing.assert_allclose(leaves(after)[path], expected, rtol=1e-4)
+            actual = leaves(after)[path]  # of weights that may have nearly cancelled
+            np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-6)
             grown += (new[path] & ~old[path]).sum()
     assert grown > 4
 
@@ -320,22 +319,18 @@ def test_a_mesh_changes_nothing_and_gathers_nothing(name, kind):
     assert_same(jax.device_get(actual), jax.device_get(expected), rtol=1e-5)
 
 
-def test_inside_shard_map_numbers_are_exact():
+def test_inside_shard_map_masks_are_those_of_one_device():
     specs = {"kernel": P("devices")}
-    tx = clipjax.rigl(
-        optax.identity(),
-        0.75,
-        key=KEY,
-        every=1,
-        total_steps=9,
-        axis_name="devices",
+    make = functools.partial(
+        clipjax.rigl, optax.identity(), 0.75, key=KEY, every=1, total_steps=9
     )
     params, *grads = [{"kernel": normal((16, 8), seed=seed)} for seed in range(3)]
     mapped = functools.partial(
         jax.shard_map, mesh=devices("Auto"), in_specs=(specs, specs, specs)
     )
 
-    def two_steps(params, first, second):
+    def two_steps(params, first, second, *, axis_name="devices"):
+        tx = make(axis_name=axis_name)
         state = tx.init(params)
         for grad in (first, second):
             updates, state = tx.update(grad, state, params)
@@ -345,7 +340,10 @@ def test_inside_shard_map_numbers_are_exact():
     with relaxed():
         out = (specs["kernel"], specs["kernel"])
         mask, after = jax.jit(mapped(two_steps, out_specs=out))(params, *grads)
+        alone = functools.partial(two_steps, axis_name=None)
+        expected, _ = jax.jit(alone)(params, *grads)
     assert mask.sum() == 32
+    np.testing.assert_array_equal(mask, expected)
     assert (after[~mask] == 0).all()
 
 
@@ -417,7 +415,9 @@ def test_rigl_beats_a_static_mask_on_digits():
 def test_what_cannot_be_met_is_refused(make):
     with pytest.raises(ValueError, match="sparsity must"):
         make(optax.sgd(1.0), 90.0)
-    with pytest.raises(ValueError, match="allocation must go by shapes"):
-        make(optax.sgd(1.0), 0.9, allocation=clipjax.allocations.normalized(0.5))
+    by_scores = clipjax.allocations.normalized(0.5)
+    tx, params = make(optax.sgd(1.0), 0.9, allocation=by_scores), normal(SHAPES)
+    with pytest.raises(ValueError, match=r"^allocation must go by .*normalized\(0.5\)"):
+        jax.eval_shape(tx.update, params, tx.init(params), params)
     with pytest.raises(TypeError, match="allocation"):
         make(optax.sgd(1.0), 0.9, allocation=0.5)

@@ -18,7 +18,7 @@ STEP = jnp.int32(0)
 
 
 def leaves(seed=0, **options):
-    return jax.tree.leaves(normal(SHAPES, seed=seed, **options))
+    return normal(SHAPES, seed=seed, **options)
 
 
 def largest(x, number):
@@ -39,10 +39,10 @@ def kept(size, sparsity):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 def test_top_k_sends_the_largest_of_each_leaf(dtype):
     with x64(dtype == "float64"):
-        incoming = [jnp.round(2 * x) / 2 for x in leaves(dtype=dtype)]  # many ties
+        incoming = jax.tree.map(lambda x: jnp.round(2 * x) / 2, leaves(dtype=dtype))
         sent = jax.jit(compressors.top_k(0.8))(incoming, STEP)
-        for before, after in zip(incoming, sent, strict=True):
-            before = np.asarray(before)
+        for path, after in sent.items():
+            before = np.asarray(incoming[path])  # with many ties
             mask = largest(before.astype(np.float64), kept(before.size, 0.8))
             np.testing.assert_array_equal(after, np.where(mask, before, 0))
             assert after.dtype == before.dtype
@@ -50,13 +50,21 @@ def test_top_k_sends_the_largest_of_each_leaf(dtype):
 
 def test_top_k_of_all_leaves_compares_them():
     incoming = leaves()
-    incoming[1] = incoming[1] * 3
+    incoming["b"] = incoming["b"] * 3
     allocation = functools.partial(allocations.global_, floor=0)
     compress = compressors.top_k(0.8, allocation=allocation)
     sent = jax.jit(compress)(incoming, STEP)
-    flat = np.concatenate([np.ravel(x) for x in incoming])
+    flat = np.concatenate([np.ravel(x) for x in incoming.values()])
     expected = np.where(largest(flat, kept(flat.size, 0.8)), flat, 0)
-    np.testing.assert_array_equal(np.concatenate(list(map(np.ravel, sent))), expected)
+    actual = np.concatenate([np.ravel(x) for x in sent.values()])
+    np.testing.assert_array_equal(actual, expected)
+
+
+def test_top_k_takes_an_allocation_by_path():
+    half_of_a = allocations.by_path(lambda path, s: 0.5 if path == "a" else s)
+    sent = jax.jit(compressors.top_k(0.9, allocation=half_of_a))(leaves(), STEP)
+    numbers = {path: int((x != 0).sum()) for path, x in sent.items()}
+    assert numbers == {"a": kept(99, 0.5), "b": kept(40, 0.9)}
 
 
 def test_random_k_draws_anew_an_exact_number():
@@ -65,22 +73,23 @@ def test_random_k_draws_anew_an_exact_number():
     drawn = []
     for step in range(40):
         sent = compress(incoming, jnp.int32(step))
-        for before, after in zip(incoming, sent, strict=True):
+        for path, after in sent.items():
+            before = incoming[path]
             assert (after != 0).sum() == kept(before.size, 0.7)
             np.testing.assert_array_equal(after[after != 0], before[after != 0])
-        drawn.append(np.asarray(sent[-1] != 0))
+        drawn.append(np.asarray(sent["b"] != 0))
     often = np.sum(drawn, axis=0)  # of 40 times 12 in the mean, with deviation 2.9
     assert often.min() >= 1
     assert often.max() <= 24
     same = compress(incoming, jnp.int32(39))
-    np.testing.assert_array_equal(drawn[-1], same[-1] != 0)
+    np.testing.assert_array_equal(drawn[-1], same["b"] != 0)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_random_k_of_a_split_leaf_is_exact_and_differs_by_block(check_vma):
     compress = compressors.random_k(0.5, jax.random.key(0))
     run = jax.shard_map(
-        lambda x: compress([x], STEP, "devices")[0],
+        lambda x: compress({"x": x}, STEP, "devices")["x"],
         mesh=jax.make_mesh((8,), ("devices",), axis_types=(AxisType.Auto,)),
         in_specs=P("devices"),
         out_specs=P("devices"),
@@ -94,19 +103,19 @@ def test_random_k_of_a_split_leaf_is_exact_and_differs_by_block(check_vma):
 def test_sign_sends_the_mean_magnitude():
     compress = jax.jit(compressors.sign)
     for scale in (1e-30, 1.0, 1e38):  # the sum of the last is no float32
-        incoming = [jnp.clip(x, -3, 3) * jnp.float32(scale) for x in leaves()]
-        for before, after in zip(incoming, compress(incoming, STEP), strict=True):
-            wide = np.asarray(before, np.float64)
+        incoming = {p: jnp.clip(x, -3, 3) * scale for p, x in leaves().items()}
+        for path, after in compress(incoming, STEP).items():
+            wide = np.asarray(incoming[path], np.float64)
             expected = np.sign(wide) * np.abs(wide).mean()
             np.testing.assert_allclose(after, expected, rtol=1e-6)
-    (zeros,) = compress([jnp.zeros(3)], STEP)
-    assert_same(zeros, jnp.zeros(3))
+    assert_same(compress({"x": jnp.zeros(3)}, STEP), {"x": jnp.zeros(3)})
 
 
 def test_a_sparsity_may_follow_the_step():
     compress = jax.jit(compressors.top_k(lambda step: step.astype(jnp.float32) / 4))
-    sent = [compress([jnp.arange(1.0, 5.0)], jnp.int32(step)) for step in range(4)]
-    assert [int((x != 0).sum()) for (x,) in sent] == [4, 3, 2, 1]
+    four = {"x": jnp.arange(1.0, 5.0)}
+    sent = [compress(four, jnp.int32(step))["x"] for step in range(4)]
+    assert [int((x != 0).sum()) for x in sent] == [4, 3, 2, 1]
 
 
 # Feedback
@@ -208,7 +217,7 @@ def test_it_reaches_what_the_compressor_alone_misses():
         x = jnp.array([1.0, 1.5])
         return jax.lax.scan(step, (x, tx.init(x)), length=2000)[1][-1]
 
-    signs = optax.stateless(lambda u, _: compressors.sign([u])[0])
+    signs = optax.stateless(lambda u, _: compressors.sign({"u": u})["u"])
     without = last(optax.chain(signs, optax.sgd(0.002)))
     np.testing.assert_allclose(without.sum(), 2.5, rtol=1e-3)  # as it was
     fed = compressors.error_feedback(compressors.sign)

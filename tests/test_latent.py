@@ -234,10 +234,11 @@ def test_straight_through_is_that_of_a_loop_bit_for_bit():
     params, target, adam = normal(SMALL), normal(SMALL, seed=1), optax.adam(0.01)
 
     def masked(params):
+        kernel = params["a"]["kernel"]
         marked = patterns.Unstructured().masks(
-            [jnp.abs(params["a"]["kernel"])], 0.6, allocation=allocations.uniform
+            {"kernel": jnp.abs(kernel)}, 0.6, allocation=allocations.uniform
         )
-        kernel = jnp.where(marked[0], params["a"]["kernel"], 0)
+        kernel = jnp.where(marked["kernel"], kernel, 0)
         return {"a": params["a"] | {"kernel": kernel}}
 
     def step(carry, index):
@@ -330,9 +331,9 @@ def test_any_pattern_will_do(pattern):
     )
     history, state = train(tx, params, target, steps=6)
     mark = functools.partial(pattern.masks, allocation=allocations.uniform)
-    sizes = [jnp.abs(state.latents["kernel"])]
-    (expected,) = jax.jit(lambda scores: mark(scores, 0.5))(sizes)
-    np.testing.assert_array_equal(history["kernel"][-1] != 0, expected)
+    sizes = {"kernel": jnp.abs(state.latents["kernel"])}
+    expected = jax.jit(lambda scores: mark(scores, 0.5))(sizes)
+    np.testing.assert_array_equal(history["kernel"][-1] != 0, expected["kernel"])
     assert (history["kernel"] == 0).sum(axis=(1, 2)).tolist() == [24] * 6
 
 

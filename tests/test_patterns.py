@@ -11,6 +11,7 @@ from jax import P
 import clipjax
 from clipjax import allocations, patterns
 from clipjax.patterns import Blocks, Channels, Combined, FanIn, NofM, Unstructured
+from clipjax.patterns._by_path import marks
 from clipjax.scores import Magnitude
 from helpers import assert_same, x64
 
@@ -24,7 +25,10 @@ def draw(dtype="float32", *, shape=SHAPE, ties=False, seed=0):
 
 
 def mark(pattern, *scores, sparsity=0.5, allocation=allocations.uniform):
-    return pattern.masks(list(scores), sparsity, allocation=allocation)
+    named = {str(i): x for i, x in enumerate(scores)}
+    masks = pattern.masks(named, sparsity, allocation=allocation)
+    assert list(masks) == list(named)
+    return list(masks.values())
 
 
 marked = jax.jit(mark, static_argnums=0, static_argnames=("sparsity", "allocation"))
@@ -235,9 +239,23 @@ def test_every_unit_has_the_same_number_whatever_the_sparsity():
         assert (mask.sum(0) == columns).all()
 
 
-def test_constant_fan_in_needs_a_number_for_each_leaf():
-    with pytest.raises(ValueError, match=r"^FanIn.*allocation lets leaves compete"):
-        mark(FanIn(), draw(), draw(), allocation=allocations.global_)
+def test_constant_fan_in_takes_what_a_leaf_wins_from_the_others():
+    small, large = abs(draw()), 3 * abs(draw(seed=1))
+    masks = marked(FanIn(), small, large, allocation=allocations.global_)
+    both = np.concatenate([small.ravel(), large.ravel()])
+    wins = top(both, 384).reshape(2, -1).sum(1)
+    assert [int(mask.sum()) for mask in masks] == [n // 24 * 24 for n in wins]
+    assert wins[0] < wins[1]
+
+
+def test_constant_fan_in_of_leaves_of_several_shapes():
+    shapes = [(16, 24), (5, 3), (2, 3, 8), (1, 4), (7, 1)]
+    scores = [draw(shape=shape, ties=True, seed=i) for i, shape in enumerate(shapes)]
+    masks = marked(FanIn(), *scores, sparsity=0.3)
+    for x, mask in zip(scores, masks, strict=True):
+        np.testing.assert_array_equal(mask, fan_in(x, 0.3, -1))
+    lowered = jax.jit(lambda xs: mark(FanIn(), *xs)).lower(scores).as_text()
+    assert lowered.count("stablehlo.while") == 1
 
 
 def test_n_of_m_inside_channels():
@@ -266,7 +284,7 @@ def test_patterns_go_by_path():
             assert leaf is scores[path]
             return NofM(1, 4) if path == "b" else Unstructured()
 
-        return patterns.marks(
+        return marks(
             scores, scores, 0.9, pattern=pattern, allocation=allocations.global_
         )
 
@@ -280,7 +298,7 @@ def test_patterns_go_by_path():
     with pytest.raises(
         TypeError, match=r"^pattern must return .* at 'a' it returned 3"
     ):
-        patterns.marks(
+        marks(
             scores, scores, 0.9, pattern=lambda p, x: 3, allocation=allocations.uniform
         )
 
@@ -290,10 +308,10 @@ def test_in_shard_map_units_must_not_be_split():
 
     def run(pattern):
         def local(x):
-            (mask,) = pattern.masks(
-                [x], 0.5, allocation=allocations.uniform, axis_name="d"
+            masks = pattern.masks(
+                {"x": x}, 0.5, allocation=allocations.uniform, axis_name="d"
             )
-            return mask
+            return masks["x"]
 
         return jax.jit(
             jax.shard_map(local, mesh=mesh, in_specs=P("d"), out_specs=P("d"))

@@ -40,7 +40,9 @@ class Sorted:
             place = jnp.argsort(jnp.argsort(-x.ravel(), stable=True))
             return (place < kept).reshape(x.shape)
 
-        return [one(x.x if isinstance(x, Magnitude) else x) for x in scores]
+        return {
+            p: one(x.x if isinstance(x, Magnitude) else x) for p, x in scores.items()
+        }
 
 
 def quick(inner, sparsity, **options):

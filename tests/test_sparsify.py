@@ -303,7 +303,9 @@ def test_a_pattern_is_any_value_with_masks():
     class FirstRow:
         def masks(self, scores, sparsity, *, allocation, axis_name=None):
             del sparsity, allocation, axis_name
-            return [jnp.zeros_like(x, bool).at[0].set(True) for x in scores]
+            return {
+                p: jnp.zeros_like(x, bool).at[0].set(True) for p, x in scores.items()
+            }
 
     assert isinstance(FirstRow(), patterns.Pattern)
     params = normal(SHAPES)

@@ -6,9 +6,11 @@ norms of coarser scopes, thresholds, factors, the record.  Each leaf is read a s
 time, when it is multiplied by its own row of factors.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -77,18 +79,20 @@ class Bound:
     """A bound on the norm of each part of an update, for `clip_by`.
 
     Args:
-        threshold: T ≥ 0: a number, a traced value, a schedule; `thresholds.Relative`,
-            by the parameters; another rule of `thresholds`, by the norms of the past;
-            or a mapping of these from the label of a part, such as that of a group.
-        scope: what is measured together, from `scopes`.
+        threshold: T ≥ 0: a number, a traced value or a schedule; a rule of
+            `thresholds`; or a mapping from the labels of parts, such as those of
+            `scopes.Group`, to these.
+        scope: which entries are measured together, from `scopes`.
         norm: `norms.global_norm`, `rms`, `inf_norm` or `spectral_norm`; of a single
             entry, each is the absolute value.
-        response: what becomes of the update, from `responses`.
-        start: the bound while a rule by the past knows none, by the parameters; not
-            used where `update` is given no parameters.
+        response: what becomes of a part by its norm and its threshold, from
+            `responses`.
+        start: the rule by the parameters that is the bound as long as a rule by the
+            past knows no norm; not used where `update` gets no parameters.
 
     Example:
-        >>> Bound(1.0, scopes.Leaf()).norm is norms.global_norm
+        >>> import clipjax
+        >>> clipjax.Bound(1.0, clipjax.scopes.Leaf()).norm is clipjax.norms.global_norm
         True
     """
 
@@ -100,7 +104,7 @@ class Bound:
 
     def __post_init__(self):
         """Checks the arguments."""
-        for rule in self.rules():
+        for rule in self.rules:
             if isinstance(rule, type):
                 raise TypeError(
                     f"threshold must be a value, but is the class {rule.__name__}."
@@ -108,8 +112,10 @@ class Bound:
                 )
             if not isinstance(rule, Relative | History):
                 check.not_negative(threshold=rule)
-        check.has_method("part", scope=self.scope)
-        check.function(norm=self.norm, response=self.response)
+        if isinstance(self.scope, type) or not isinstance(self.scope, Scope):
+            check.has_method("part", scope=self.scope)
+        if not callable(self.response):
+            check.function(response=self.response)
         if self.norm not in _NORMS:
             raise ValueError(
                 "norm must be `norms.global_norm`, `norms.rms`, `norms.inf_norm` or"
@@ -121,10 +127,11 @@ class Bound:
                 " norm=norms.inf_norm."
             )
 
-    def rules(self) -> list[Threshold]:
-        """Returns all thresholds."""
+    @functools.cached_property
+    def rules(self) -> tuple[Threshold, ...]:
+        """All thresholds."""
         whole = self.threshold
-        return list(whole.values()) if isinstance(whole, Mapping) else [whole]
+        return tuple(whole.values()) if isinstance(whole, Mapping) else (whole,)
 
     def rule(self, label: str) -> Threshold:
         """Returns the threshold of the parts with a label."""
@@ -137,26 +144,6 @@ class Bound:
             )
         return self.threshold[label]
 
-    @property
-    def measure(self) -> Callable[..., Any]:
-        """What is measured: a root mean square follows from the Euclidean norm."""
-        return norms.global_norm if self.norm is norms.rms else self.norm
-
-    @property
-    def is_leafwise(self) -> bool:
-        """Tells whether the response changes a leaf by other means than a factor."""
-        return hasattr(self.response, "at")
-
-    @property
-    def remembers(self) -> bool:
-        """Tells whether a threshold goes by the past."""
-        return any(isinstance(rule, History) for rule in self.rules())
-
-    @property
-    def is_labeled(self) -> bool:
-        """Tells whether the label of a part matters for its threshold."""
-        return self.remembers or isinstance(self.threshold, Mapping)
-
 
 def clip_by(
     *bounds: Bound | Threshold,
@@ -166,43 +153,45 @@ def clip_by(
     specs: scopes.SpecRule | None = None,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Clips by any norms of any parts of the update against any thresholds.
+    """Clips any parts of the update, by any norms, against any thresholds.
 
-    u ← u · r(n, T), for each bound, one after the other, and each part u of its scope,
-    with its norm n and its threshold T
+    u ← u · r(n, T), for each bound in turn, and each part u of its scope, with its norm
+    n and its threshold T
 
-    Every clip of this library is a few lines on this one.  What is within its bounds
-    passes bit for bit, and clipping twice is clipping once, up to rounding.  Norms,
-    thresholds and factors are float32 or wider; an entry is rounded once, to its own
-    dtype.  The update is read once to measure it, whatever the number of bounds: norms
-    of a tree follow from those of its units, and what a bound does to a norm from its
-    factors.  Nothing is remembered of a step with a NaN or an infinity anywhere, nor of
-    a part whose norm is zero.
+    Use it for a clip that has no name: every clip of this library is a few lines on it.
 
-    `clipjax.metrics` reports the global norm, with `norms.rms` too; with `inf_norm` or
-    `spectral_norm` the largest such norm of any part; and the last bound's threshold.
+    What is within its bounds passes bit for bit, and clipping twice is clipping once,
+    up to rounding.  Norms, thresholds and factors are float32 or wider; an entry is
+    rounded once, to its own dtype.  The update is measured once, whatever the number of
+    bounds: the norm of a coarser scope follows from those of a finer one and their
+    factors.  A step with a NaN or an infinity is not remembered, and neither is a norm
+    of zero.
 
-    A caller may pass `None` or `optax.EmptyState()` for the state, and gets it back,
-    where all thresholds are numbers or go by the parameters.
+    `clipjax.metrics` reports the global norm, or with `inf_norm` or `spectral_norm` the
+    largest such norm of any part, and the last bound's threshold.
+
+    If no threshold goes by the past, a caller may pass `None` or `optax.EmptyState()`
+    for the state, and gets it back.
 
     Args:
-        bounds: each a `Bound`, or a threshold alone for one on the global norm.
+        bounds: each a `Bound`, or a threshold alone, for the global norm.  Bounds by
+            another norm than `norms.global_norm` and `rms` must all be by that one.
         nonfinite: what becomes of an update with a NaN or an infinity:
             `responses.propagate`, `zero_scope` or `skip`.
         strict: whether no norm may exceed its bound even after rounding: entries are
             rounded toward zero, and the bound is lowered by two parts in a million.
-        where: which leaves are clipped, by path and leaf; others are neither measured
-            nor changed.  All floating leaves, if none is given.
+        where: which leaves are clipped, by path and leaf, by default all floating ones;
+            the others are neither measured nor changed.
         specs: inside `jax.shard_map`, how each leaf is split, by path and leaf; needed
-            where parts of a leaf are measured and axes that are not are split too, and
-            for the spectral norm of what is split.
+            where a part is split along other axes than its own, and for spectral norms.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
         >>> import jax.numpy as jnp
-        >>> tx = clip_by(Bound(1.0, scopes.Leaf(), norms.inf_norm), 0.5)
+        >>> import clipjax
+        >>> tx = clipjax.clip_by(clipjax.Bound(1.0, clipjax.scopes.Leaf()), 0.5)
         >>> updates = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([0.0])}
-        >>> tx.update(updates, tx.init(updates))[0]["a"]  # [0.75, 1], then norm 0.5
+        >>> tx.update(updates, tx.init(updates))[0]["a"]  # to norm 1, then to 0.5
         Array([0.3, 0.4], dtype=float32)
     """
     plan = _Plan(
@@ -226,12 +215,12 @@ def clip_by(
             return step(updates, _no_state(plan), params)[0], state
         return step(updates, state, params)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType] -- a state may be kept by nobody
 
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """The arguments of `clip_by`."""
+    """The arguments of `clip_by`, and what follows from them."""
 
     bounds: tuple[Bound, ...]
     nonfinite: Policy
@@ -239,74 +228,77 @@ class _Plan:
     where: Where | None
     specs: scopes.SpecRule | None
     axis_name: AxisName
+    norm: Callable[..., Any] = norms.global_norm  # what is measured
+    is_leafwise: bool = False  # whether the last response changes leaves as a whole
+    remembers: bool = False  # whether a threshold goes by the past
+    measures: bool = True  # not for one plain bound of single entries
 
     def __post_init__(self):
-        check.function(nonfinite=self.nonfinite)
         if not self.bounds:
             raise ValueError("bounds must not be empty. Give a threshold or a `Bound`.")
-        if len({bound.measure for bound in self.bounds}) > 1:
+        kinds = {
+            norms.global_norm if b.norm is norms.rms else b.norm for b in self.bounds
+        }
+        if len(kinds) > 1:
             raise ValueError(
                 "bounds must all go by `norms.global_norm` or `norms.rms`, or all by"
                 " one other norm, since the update is measured once. Chain two clips."
             )
-        if any(bound.is_leafwise for bound in self.bounds[:-1]):
+        *others, last = (hasattr(bound.response, "at") for bound in self.bounds)
+        if any(others):
             raise ValueError(
                 "bounds may have a response that is no factor, such as"
                 " `responses.clamp`, only in the last place. Chain two clips."
             )
-
-    @property
-    def measures(self) -> bool:
-        """Tells whether a norm is needed: not for one plain bound of single entries."""
-        (*others, last) = self.bounds
-        is_plain = last.is_leafwise and last.scope == scopes.Element()
-        return bool(others) or not is_plain or last.remembers
-
-    def chosen(self, leaves: dict[str, Array]) -> dict[str, Array]:
-        """Returns the leaves that are clipped, by path."""
-        if self.where is None:
-            return leaves
-        return {path: x for path, x in leaves.items() if self.where(path, x)}
+        rules = [rule for bound in self.bounds for rule in bound.rules]
+        remembers = any(isinstance(rule, History) for rule in rules)
+        of_entries = last and not others and self.bounds[0].scope == scopes.Element()
+        for name, value in {
+            "norm": kinds.pop(),
+            "is_leafwise": last,
+            "remembers": remembers,
+            "measures": remembers or not of_entries,
+        }.items():
+            object.__setattr__(self, name, value)
 
 
 def _init(plan: _Plan, params: PyTree) -> ClipByState:
     """Returns the state before the first update."""
-    found = trees.floats(params)
-    leaves = plan.chosen(found)
-    memory = tuple(_blank_memory(plan, bound, leaves, found) for bound in plan.bounds)
+    found, memory = trees.floats(params), []
+    leaves = _chosen(plan, found)
+    for bound in plan.bounds:
+        own = {}
+        if any(isinstance(rule, History) for rule in bound.rules):
+            (parts,), axes, names, _ = _divided(plan, leaves, found, [bound])
+            for path, part in parts.items():
+                rule = bound.rule(part.label)
+                if isinstance(rule, History) and part.label not in own:
+                    own[part.label] = rule.empty(
+                        _blank(plan, leaves, path, axes, names)
+                    )
+        memory.append(own)
     unmeasured = UnmeasuredState(jnp.zeros([], jnp.int32))
-    return ClipByState(first() if plan.measures else unmeasured, memory)
+    return ClipByState(first() if plan.measures else unmeasured, tuple(memory))
 
 
-def _blank_memory(
-    plan: _Plan, bound: Bound, leaves: dict[str, Array], found: dict[str, Array]
-) -> dict[str, PyTree]:
-    """Returns the memory of a bound before the first norm, by label."""
-    memory = {}
-    if not bound.remembers:
-        return memory
-    parts = _parts(bound, leaves, found)
-    reading = _reading(plan, leaves, [parts])
-    for path, part in parts.items():
-        rule = bound.rule(part.label)
-        if isinstance(rule, History) and part.label not in memory:
-            memory[part.label] = rule.empty(_blank_norm(reading, path, leaves[path]))
-    return memory
-
-
-def _blank_norm(reading: "_Reading", path: str, leaf: Array) -> Float[Array, "..."]:
+def _blank(
+    plan: _Plan, leaves: dict[str, Array], path: str, axes: dict[str, Any], names: Any
+) -> Float[Array, "..."]:
     """Returns zeros like the norm of a part, laid out as that will be."""
-    if reading.axes[path] is None:
+    if axes[path] is None:
         return jnp.zeros([], jnp.float32)
-    alone = reading._replace(axes={path: reading.axes[path]})
-    blank = sharding.zeros(lambda x: alone.stacks({path: x})[0].values[0], leaf)
-    return blank.astype(jnp.float32)
+    own = {path: axes[path]}
+
+    def norm(x):
+        return _measured(plan, {path: x}, own, names)[0].values[0]
+
+    return sharding.zeros(norm, leaves[path]).astype(jnp.float32)
 
 
 def _no_state(plan: _Plan) -> ClipByState:
     """Returns a state for a caller who keeps none, if there is nothing to remember."""
-    rules = [rule for bound in plan.bounds for rule in bound.rules()]
-    if any(isinstance(rule, History) or callable(rule) for rule in rules):
+    rules = [rule for bound in plan.bounds for rule in bound.rules]
+    if plan.remembers or any(map(callable, rules)):
         raise ValueError(
             "state must be what `tx.init(params)` or the last `tx.update` returned,"
             " since a threshold goes by the step or by past norms, but there is none."
@@ -314,158 +306,24 @@ def _no_state(plan: _Plan) -> ClipByState:
     return _init(plan, {})
 
 
-def _step(
-    plan: _Plan, updates: PyTree, state: ClipByState, params: PyTree
-) -> tuple[PyTree, ClipByState]:
-    """Measures, goes through the bounds, multiplies, and keeps a record."""
-    every = trees.floats(updates)
-    # A bias tells the unit of its kernel, even where it has no update.
-    found = every if params is None else trees.floats(params) | every
-    leaves, step = plan.chosen(every), state.clip.step
-    if not plan.measures:
-        return _bounded_entries(plan.bounds[0], updates, leaves, state)
-    parts = [_parts(bound, leaves, found) for bound in plan.bounds]
-    reading = _reading(plan, leaves, parts)
-    stacks = reading.stacks(leaves)
-    now, memory = _Now([stack.values for stack in stacks]), []
-    norm = reading.whole(now.norms)
-    context = _Context(plan, reading, stacks, leaves, params, step, jnp.isfinite(norm))
-    for bound, own, old in zip(plan.bounds, parts, state.threshold_memory, strict=True):
-        now, new = _through(context, _Division(bound, own, context), old, now)
-        memory.append(new)
-    changed = _applied(context, found, now)
-    record = _record(context, state.clip, norm, now, changed)
-    changed = trees.map_by_path(lambda _, new: new, updates, changed)
-    return changed, ClipByState(record, tuple(memory))
+def _chosen(plan: _Plan, leaves: dict[str, Array]) -> dict[str, Array]:
+    return {p: x for p, x in leaves.items() if plan.where is None or plan.where(p, x)}
 
 
-def _bounded_entries(
-    bound: Bound, updates: PyTree, leaves: dict[str, Array], state: ClipByState
-) -> tuple[PyTree, ClipByState]:
-    """Bounds every entry by itself, without a norm."""
-    limit = trees.bound_at(bound.threshold, state.clip.step)
-    entries = bound.response.entries
-    changed = {path: entries(leaf, limit, limit) for path, leaf in leaves.items()}
-    changed = trees.map_by_path(lambda _, new: new, updates, changed)
-    step = trees.next_step(state.clip.step)
-    return changed, state._replace(clip=UnmeasuredState(step))
+class _Update(NamedTuple):
+    """An update as it came, and as it was measured."""
 
-
-# How an update is measured
-
-
-class _Reading(NamedTuple):
-    """What is measured together at the finest, and norms of more made from it."""
-
-    norm: Callable[..., Any]  # `global_norm`, `inf_norm` or `spectral_norm`
-    axes: dict[str, tuple[int, ...] | None]  # measured together, by path
+    plan: _Plan
+    leaves: dict[str, Array]  # that are clipped
+    found: dict[str, Array]  # all, and their parameters where they have no update
+    params: PyTree
+    step: Int[Array, ""]
+    axes: dict[str, tuple[int, ...] | None]  # measured together at the finest
     names: Any  # mesh axes, for all leaves or by path; of matrices, `PartitionSpec`s
     over: AxisName  # mesh axes over which the norms of parts still differ
-
-    @property
-    def is_entrywise(self) -> bool:
-        """Tells whether every entry is a part by itself."""
-        return all(axes == () for axes in self.axes.values())
-
-    def stacks(
-        self, leaves: dict[str, Array], like: list[Stack] | None = None
-    ) -> list[Stack]:
-        """Measures leaves, in the order of others that these are compared with."""
-        if self.norm is norms.global_norm and not self.is_entrywise:
-            return stacked.euclidean(leaves, self.axes, self.names, like=like)
-        found = {path: self._norm(path, leaf) for path, leaf in leaves.items()}
-        # Entries by themselves are not stacked, which would copy whole leaves.
-        apart = {path: (path,) for path in found} if self.is_entrywise else {}
-        return stacked.stacked(found, apart, like)
-
-    def _norm(self, path: str, leaf: Array) -> Float[Array, "..."]:
-        axes = self.axes[path]
-        if axes == ():
-            return jnp.abs(trees.wide(leaf))
-        name = self.names[path] if isinstance(self.names, dict) else self.names
-        if self.norm is norms.spectral_norm:
-            norm = norms.spectral_norm(leaf, axes, spec=name)
-        else:
-            norm = norms.unit_inf_norm(leaf, axes, axis_name=name)
-        return norm.reshape(()) if axes is None else norm
-
-    def pooled(self, values: Array, axes: Any = None, where: Any = True) -> Array:
-        """Returns the norm of several parts together, from the norms of each."""
-        over = sharding.axes_of(values, self.over) if self.over else ()
-        is_euclidean = self.norm is norms.global_norm
-        pool = stacked.pooled if is_euclidean else stacked.largest
-        return pool(values, axes, over, where)
-
-    def of_leaves(self, values: list[Array]) -> Float[Array, " leaves"]:
-        """Returns the norms of whole leaves, from those of their parts by stack."""
-        leaves = []
-        for x in values:
-            inner = tuple(range(1, x.ndim))
-            leaves.append(self.pooled(x, inner) if inner else x)
-        return stacked.joined(leaves)
-
-    def whole(self, values: list[Array]) -> Float[Array, ""]:
-        """Returns the norm of everything."""
-        if not values:
-            return jnp.zeros([], jnp.float32)
-        if self.norm is norms.global_norm and self.is_entrywise:  # in one pass
-            return norms.global_norm(values, scaled=True, axis_name=self.over)
-        values, _ = stacked.merged(values)
-        return self.pooled(values[0] if len(values) == 1 else self.of_leaves(values))
-
-
-def _parts(
-    bound: Bound, leaves: dict[str, Array], found: dict[str, Array]
-) -> dict[str, Part]:
-    if bound.scope == _TREE:  # of every leaf the same
-        return dict.fromkeys(leaves, Part(""))
-    return {path: bound.scope.part(path, found) for path in leaves}
-
-
-def _reading(
-    plan: _Plan, leaves: dict[str, Array], parts: list[dict[str, Part]]
-) -> _Reading:
-    """Finds the finest parts of every leaf, of which all others are made."""
-    axes = {}
-    for path in leaves:
-        finest = {own[path].axes for own in parts} - {None}
-        if len(finest) > 1:
-            raise ValueError(
-                f"bounds divide the leaf at {path!r} along the axes {sorted(finest)},"
-                " but only one way to divide a leaf can be measured. Chain two clips."
-            )
-        axes[path] = finest.pop() if finest else None
-    differ = plan.specs or all(own == () for own in axes.values())
-    names = _names(plan, leaves, axes)
-    over = plan.axis_name if differ else None
-    return _Reading(plan.bounds[0].measure, axes, names, over)
-
-
-def _names(
-    plan: _Plan, leaves: dict[str, Array], axes: dict[str, tuple[int, ...] | None]
-) -> Any:
-    """Returns over which mesh axes parts are split; of matrices, how leaves are."""
-    if plan.bounds[0].norm is norms.spectral_norm:
-        rule = functools.partial(sharding.matrix_spec, plan.specs, plan.axis_name)
-        return {path: rule(path, leaf) for path, leaf in leaves.items()}
-    if plan.specs is None or not plan.axis_name:
-        return plan.axis_name
-    names = {}
-    for path, leaf in leaves.items():
-        every = tuple(range(leaf.ndim))
-        own = every if axes[path] is None else axes[path]
-        names[path] = sharding.split_axes(plan.specs(path, leaf), own)
-    return names
-
-
-# What a bound does to it
-
-
-class _Set(NamedTuple):
-    """Parts that are compared side by side."""
-
-    labels: tuple[str, ...]
-    norms: Float[Array, "labels ..."]
+    of_entries: bool  # whether every entry is a part by itself
+    stacks: list[Stack]
+    norm: Float[Array, ""]  # of everything
 
 
 class _Now(NamedTuple):
@@ -478,216 +336,318 @@ class _Now(NamedTuple):
     known: list[Array] | None = None  # whether all that a part is measured with is
 
 
-class _Context(NamedTuple):
-    """An update as it came."""
+def _step(
+    plan: _Plan, updates: PyTree, state: ClipByState, params: PyTree
+) -> tuple[PyTree, ClipByState]:
+    """Measures, goes through the bounds, multiplies, and keeps a record."""
+    every, step = trees.floats(updates), state.clip.step
+    leaves = _chosen(plan, every)
+    if not plan.measures:  # every entry is bounded by itself
+        limit = trees.bound_at(plan.bounds[0].threshold, step)  # pyright: ignore[reportArgumentType] -- no rule
+        entries = plan.bounds[0].response.entries  # pyright: ignore[reportFunctionMemberAccess] -- has it
+        changed = {path: entries(leaf, limit, limit) for path, leaf in leaves.items()}
+        record = UnmeasuredState(trees.next_step(step))
+        return trees.replaced(updates, changed), state._replace(clip=record)
+    # A bias tells the unit of its kernel, even where it has no update.
+    found = every if params is None else trees.floats(params) | every
+    parts, axes, names, over = _divided(plan, leaves, found, plan.bounds)
+    of_entries = all(own == () for own in axes.values())
+    stacks = _measured(plan, leaves, axes, names)
+    now, memory = _Now([stack.values for stack in stacks]), []
+    norm = _pooled_all(plan, now.norms, over, of_entries)
+    update = _Update(
+        plan,
+        leaves,
+        found,
+        params,
+        step,
+        axes,
+        names,
+        over,
+        of_entries,
+        stacks,
+        norm,
+    )
+    for bound, own, old in zip(plan.bounds, parts, state.threshold_memory, strict=True):
+        now, new = _through(update, bound, own, old, now)
+        memory.append(new)
+    changed = _applied(update, now)
+    record = _recorded(update, state.clip, now, changed)
+    return trees.replaced(updates, changed), ClipByState(record, tuple(memory))
 
-    plan: _Plan
-    reading: _Reading
-    stacks: list[Stack]
-    leaves: dict[str, Array]
-    params: PyTree
-    step: Int[Array, ""]
-    known: Bool[Array, ""]  # whether it is finite
 
-    def weights(self) -> list[Array]:
-        """Measures the parameters of the leaves, by stack."""
-        check.given_params("A bound that is relative to the parameters", self.params)
-        found = trees.floats(self.params)
-        for path, leaf in self.leaves.items():
-            check.same_shape("clip_by", path, leaf, found.get(path))
-        own = {path: found[path] for path in self.leaves}
-        return [stack.values for stack in self.reading.stacks(own, self.stacks)]
+# How an update is measured
 
 
-@dataclasses.dataclass(frozen=True)
-class _Division:
-    """How one bound divides the update."""
+def _divided(
+    plan: _Plan,
+    leaves: dict[str, Array],
+    found: dict[str, Array],
+    bounds: Sequence[Bound],
+) -> tuple[list[dict[str, Part]], dict[str, Any], Any, AxisName]:
+    """Divides the leaves for each bound; returns the finest parts and their meshes."""
+    parts, axes, names = [], dict.fromkeys(leaves), plan.axis_name
+    for bound in bounds:
+        if bound.scope == _TREE:  # of every leaf the same
+            parts.append(dict.fromkeys(leaves, Part("")))
+            continue
+        parts.append({path: bound.scope.part(path, found) for path in leaves})
+        for path, part in parts[-1].items():
+            if None not in (part.axes, axes[path]) and part.axes != axes[path]:
+                raise ValueError(
+                    f"bounds divide the leaf at {path!r} along {axes[path]} and"
+                    f" {part.axes}, but it is measured once. Chain two clips."
+                )
+            axes[path] = axes[path] if part.axes is None else part.axes
+    if plan.norm is norms.spectral_norm:
+        rule = functools.partial(sharding.matrix_spec, plan.specs, plan.axis_name)
+        names = {path: rule(path, leaf) for path, leaf in leaves.items()}
+    elif plan.specs is not None and plan.axis_name:
+        names = {}
+        for path, leaf in leaves.items():
+            own = axes[path]
+            own = tuple(range(leaf.ndim)) if own is None else own
+            names[path] = sharding.split_axes(plan.specs(path, leaf), own)
+    differ = plan.specs or all(own == () for own in axes.values())
+    return parts, axes, names, plan.axis_name if differ else None
 
-    bound: Bound
-    parts: dict[str, Part]
-    context: _Context
 
-    @functools.cached_property
-    def groups(self) -> tuple[str, ...]:
-        """The labels that leaves share; none where each leaf stands by itself."""
-        labels = tuple(dict.fromkeys(part.label for part in self.parts.values()))
-        return labels if len(labels) < len(self.parts) else ()
-
-    def labels(self, stack: Stack) -> tuple[str, ...]:
-        """Returns the labels of the leaves in a stack."""
-        return tuple(self.parts[path].label for path in stack.paths)
-
-    def sets(self, values: list[Array]) -> list[_Set]:
-        """Returns the norms of all parts, from those of the finest ones by stack."""
-        if self.groups and values:
-            sets = [_Set(self.groups, self._of_groups(values))]
+def _measured(
+    plan: _Plan,
+    leaves: dict[str, Array],
+    axes: dict[str, tuple[int, ...] | None],
+    names: Any,
+    like: list[Stack] | None = None,
+) -> list[Stack]:
+    """Measures leaves, in the order of others that these are compared with."""
+    of_entries = all(own == () for own in axes.values())
+    if plan.norm is norms.global_norm and not of_entries:
+        return stacked.euclidean(leaves, axes, names, like=like)
+    found = {}
+    for path, leaf in leaves.items():
+        name = names[path] if isinstance(names, dict) else names
+        if axes[path] == ():
+            found[path] = jnp.abs(trees.wide(leaf))
+        elif plan.norm is norms.spectral_norm:
+            found[path] = norms.spectral_norm(leaf, axes[path], spec=name)
         else:
-            pairs = zip(self.context.stacks, values, strict=True)
-            sets = [_Set(self.labels(s), self._of_parts(s, x)) for s, x in pairs]
-        return (
-            [self._mean(own) for own in sets] if self.bound.norm is norms.rms else sets
-        )
+            found[path] = norms.unit_inf_norm(leaf, axes[path], axis_name=name)
+        if axes[path] is None:
+            found[path] = found[path].reshape(())
+    # Entries by themselves are not stacked, which would copy whole leaves.
+    apart = {path: (path,) for path in found} if of_entries else {}
+    return stacked.stacked(found, apart, like)
 
-    def _of_parts(self, stack: Stack, values: Array) -> Array:
-        whole = all(self.parts[path].axes is None for path in stack.paths)
-        return self.context.reading.of_leaves([values]) if whole else values
 
-    def _of_groups(self, values: list[Array]) -> Array:
-        reading = self.context.reading
-        leaf_norms = reading.of_leaves(values)
-        together = reading._replace(over=None)
-        if len(self.groups) == 1 or any(part.shared for part in self.parts.values()):
-            return jnp.broadcast_to(together.pooled(leaf_norms), len(self.groups))
-        labels = [x for stack in self.context.stacks for x in self.labels(stack)]
-        inside = np.asarray([[x == group for x in labels] for group in self.groups])
-        return together.pooled(leaf_norms[None], (1,), inside)
+def _pooled(
+    plan: _Plan,
+    values: Array,
+    axes: Any = None,
+    over: AxisName = None,
+    where: Any = True,
+) -> Array:
+    """Returns the norm of several parts together, from the norms of each."""
+    names = sharding.axes_of(values, over) if over else ()
+    is_euclidean = plan.norm is norms.global_norm
+    pool = stacked.pooled if is_euclidean else stacked.largest
+    return pool(values, axes, names, where)
 
-    def _mean(self, own: _Set) -> _Set:
-        """Turns Euclidean norms into root mean squares."""
-        names, counts = self.context.reading.names, dict.fromkeys(own.labels, 0)
-        for path, part in self.parts.items():
-            name = names[path] if isinstance(names, dict) else names
-            leaf = self.context.leaves[path]
-            number = stacked.num_entries(leaf, part.axes, name)
-            for label in counts if part.shared else counts.keys() & {part.label}:
-                counts[label] += number
-        roots = np.sqrt([max(counts[label], 1) for label in own.labels])
-        roots = jnp.asarray(roots, own.norms.dtype)
-        return _Set(own.labels, own.norms / _column(roots, own.norms))
 
-    def spread(self, results: list[Array], values: list[Array]) -> list[Array]:
-        """Returns what was found for the parts by stack, to stand beside its norms."""
-        pairs = zip(results, values, strict=True)
-        if self.groups and values:
-            (result,) = results
-            if len(self.groups) == 1:
-                return [result.reshape(())] * len(values)
-            index = {group: i for i, group in enumerate(self.groups)}
-            rows = [[index[x] for x in self.labels(s)] for s in self.context.stacks]
-            picked = [result[np.asarray(row)] for row in rows]
-            pairs = zip(picked, values, strict=True)
-        return [_column(x, own) for x, own in pairs]
+def _pooled_leaves(
+    plan: _Plan, values: list[Array], over: AxisName
+) -> Float[Array, " leaves"]:
+    """Returns the norms of whole leaves, from those of their parts by stack."""
+    inner = [tuple(range(1, x.ndim)) for x in values]
+    pairs = zip(values, inner, strict=True)
+    return stacked.joined([_pooled(plan, x, i, over) if i else x for x, i in pairs])
+
+
+def _pooled_all(
+    plan: _Plan, values: list[Array], over: AxisName, of_entries: bool
+) -> Float[Array, ""]:
+    """Returns the norm of everything."""
+    if not values:
+        return jnp.zeros([], jnp.float32)
+    if of_entries:  # as large as the leaves
+        pool = norms.inf_norm
+        if plan.norm is norms.global_norm:
+            pool = functools.partial(norms.global_norm, scaled=True)
+        return pool(values, axis_name=over)
+    if over is None:
+        values, _ = stacked.merged(values)
+        if len(values) == 1:
+            return _pooled(plan, values[0])
+    return _pooled(plan, _pooled_leaves(plan, values, over))
+
+
+# What a bound does to it
+
+
+class _Sets(NamedTuple):
+    """The parts of one bound, some of them compared side by side."""
+
+    labels: list[tuple[str, ...]]
+    norms: list[Array]
+    rows: list[np.ndarray] | None  # of leaves that share a label: which it is
+
+
+def _gathered(
+    update: _Update, bound: Bound, parts: dict[str, Part], values: list[Array]
+) -> _Sets:
+    """Returns the norms of all parts, from those of the finest ones by stack."""
+    plan, groups = update.plan, tuple(dict.fromkeys(p.label for p in parts.values()))
+    labels = [tuple(parts[path].label for path in s.paths) for s in update.stacks]
+    if len(groups) == len(parts):  # every leaf stands by itself
+        whole = all(part.axes is None for part in parts.values())
+        if whole:
+            values = [_pooled_leaves(plan, [x], update.over) for x in values]
+        sets = _Sets(labels, values, None)
+    else:
+        place = {label: i for i, label in enumerate(groups)}
+        rows = [np.asarray([place[label] for label in own]) for own in labels]
+        norm = _pooled_leaves(plan, values, update.over)
+        if len(groups) == 1 or any(part.shared for part in parts.values()):
+            norm = jnp.broadcast_to(_pooled(plan, norm), len(groups))
+        else:
+            inside = np.concatenate(rows)[None] == np.arange(len(groups))[:, None]
+            norm = _pooled(plan, norm[None], (1,), None, inside)
+        sets = _Sets([groups], [norm], rows)
+    if bound.norm is not norms.rms:
+        return sets
+    return sets._replace(norms=_means(update, parts, sets))
+
+
+def _means(update: _Update, parts: dict[str, Part], sets: _Sets) -> list[Array]:
+    """Turns Euclidean norms into root mean squares."""
+    counts = dict.fromkeys((part.label for part in parts.values()), 0)
+    for path, part in parts.items():
+        name = update.names[path] if isinstance(update.names, dict) else update.names
+        number = stacked.num_entries(update.leaves[path], part.axes, name)
+        for label in counts if part.shared else [part.label]:
+            counts[label] += number
+    result = []
+    for labels, norm in zip(sets.labels, sets.norms, strict=True):
+        roots = np.sqrt([max(counts[label], 1) for label in labels])
+        result.append(norm / _column(jnp.asarray(roots, norm.dtype), norm))
+    return result
+
+
+def _spread(sets: _Sets, results: list[Array], values: list[Array]) -> list[Array]:
+    """Returns what was found for the parts by stack, to stand beside its norms."""
+    if sets.rows is None:
+        return [_column(x, own) for x, own in zip(results, values, strict=True)]
+    (result,) = results
+    if len(result) == 1:
+        return [result.reshape(())] * len(values)
+    pairs = zip(sets.rows, values, strict=True)
+    return [_column(result[row], own) for row, own in pairs]
 
 
 def _through(
-    context: _Context, division: _Division, memory: dict[str, PyTree], now: _Now
+    update: _Update,
+    bound: Bound,
+    parts: dict[str, Part],
+    memory: dict[str, PyTree],
+    now: _Now,
 ) -> tuple[_Now, dict[str, PyTree]]:
-    """Returns an update behind one more bound, and what that remembers."""
-    bound, new = division.bound, dict(memory)
-    sets, split = division.sets(now.norms), lambda same: same
-    if context.plan.nonfinite not in (responses.propagate, responses.skip):
-        known = division.spread([jnp.isfinite(x.norms) for x in sets], now.norms)
+    """Returns the update behind one more bound, and what that remembers."""
+    plan, new = update.plan, dict(memory)
+    sets = _gathered(update, bound, parts, now.norms)
+    is_one_rule = not (memory or isinstance(bound.threshold, Mapping))
+    merge = stacked.merged if is_one_rule else lambda same: (same, lambda x: x)
+    compared, split = merge(sets.norms)
+
+    @functools.cache
+    def weights():
+        own = _gathered(update, bound, parts, _weights(update))
+        return merge(own.norms)[0]
+
+    thresholds, factors = [], []
+    for i, norm in enumerate(compared):
+        labels = () if is_one_rule else sets.labels[i]
+        one = functools.partial(lambda i: weights()[i], i)
+        limit, factor, remembered = _compared(update, bound, labels, norm, memory, one)
+        thresholds.append(limit)
+        factors.append(factor)
+        new |= remembered
+    if plan.nonfinite not in (responses.propagate, responses.skip):
+        known = _spread(sets, [jnp.isfinite(x) for x in sets.norms], now.norms)
         known = [a & b for a, b in zip(now.known or known, known, strict=True)]
         now = now._replace(known=known)
-    if not bound.is_labeled:  # one rule for all
-        values, split = stacked.merged([own.norms for own in sets])
-        sets = [_Set((), x) for x in values]
-    weights = functools.cache(lambda: _weights(context, division))
-    found = []
-    for i, own in enumerate(sets):
-        own_weights = functools.partial(lambda i: weights()[i], i)
-        found.append(_compare(context, bound, memory, own, own_weights))
-        new |= found[-1].memory
-    thresholds = division.spread(split([x.thresholds for x in found]), now.norms)
-    behind = now._replace(thresholds=thresholds, compared=now.norms)
-    if not bound.is_leafwise:
-        factors = division.spread(split([x.factors for x in found]), now.norms)
-        pairs = zip(now.norms, factors, strict=True)
-        values = [x * f.astype(x.dtype) for x, f in pairs]
-        if now.factors is not None:
-            pairs = zip(now.factors, factors, strict=True)
-            factors = [before * own for before, own in pairs]
-        behind = behind._replace(norms=values, factors=factors)
-    return behind, new
+    limits = _spread(sets, split(thresholds), now.norms)
+    behind = now._replace(thresholds=limits, compared=now.norms)
+    if hasattr(bound.response, "at"):
+        return behind, new
+    own = _spread(sets, split(factors), now.norms)
+    values = [x * f.astype(x.dtype) for x, f in zip(now.norms, own, strict=True)]
+    if now.factors is not None:
+        own = [a * b for a, b in zip(now.factors, own, strict=True)]
+    return behind._replace(norms=values, factors=own), new
 
 
-def _weights(context: _Context, division: _Division) -> list[Array]:
-    """Returns the norms of the parameters, as those of the update are compared."""
-    norms = [own.norms for own in division.sets(context.weights())]
-    return norms if division.bound.is_labeled else stacked.merged(norms)[0]
+def _weights(update: _Update) -> list[Array]:
+    """Measures the parameters of the leaves, by stack."""
+    check.given_params("A bound that is relative to the parameters", update.params)
+    found = trees.floats(update.params)
+    for path, leaf in update.leaves.items():
+        check.same_shape("clip_by", path, leaf, found.get(path))
+    own = {path: found[path] for path in update.leaves}
+    like = _measured(update.plan, own, update.axes, update.names, update.stacks)
+    return [stack.values for stack in like]
 
 
-class _Compared(NamedTuple):
-    """What came of parts that were compared side by side."""
-
-    thresholds: Array
-    factors: Array
-    memory: dict[str, PyTree]
-
-
-def _compare(
-    context: _Context,
+def _compared(
+    update: _Update,
     bound: Bound,
+    labels: tuple[str, ...],
+    norm: Array,
     memory: dict[str, PyTree],
-    own: _Set,
     weights: Callable[[], Array],
-) -> _Compared:
-    """Finds the thresholds of parts, the factors that follow, and the next memory."""
-    if isinstance(bound.threshold, Mapping) and len(own.labels) > 1:
-        return _compare_each(context, bound, memory, own, weights)
-    label = own.labels[0] if own.labels else ""
-    rule = trees.at_step(bound.rule(label), context.step)
-    past = None
+) -> tuple[Array, Array, dict[str, PyTree]]:
+    """Returns the thresholds of parts, their factors, and what is remembered."""
+    if isinstance(bound.threshold, Mapping) and len(labels) > 1:  # each by its own
+        found = []
+        for i, label in enumerate(labels):
+            one = functools.partial(lambda i: weights()[i : i + 1], i)
+            own = norm[i : i + 1]
+            found.append(_compared(update, bound, (label,), own, memory, one))
+        limits, factors, memories = zip(*found, strict=True)
+        new = {label: row for rows in memories for label, row in rows.items()}
+        return jnp.concatenate(limits), jnp.concatenate(factors), new
+    rule, response, past = bound.rule((*labels, "")[0]), bound.response, None
     if isinstance(rule, Relative):
-        limit = rule.of(weights())
+        limit = trees.at_step(rule, update.step).of(weights())
     elif isinstance(rule, History):
-        past = _rows_of(memory, own)
-        limit = jax.vmap(rule.threshold)(past, trees.single(own.norms))
-        if bound.start is not None and context.params is not None:
-            start = trees.at_step(bound.start, context.step)
+        rule = trees.at_step(rule, update.step)
+        past = _stacked_memory(memory, labels, norm)
+        limit = jax.vmap(rule.threshold)(past, trees.single(norm))
+        if bound.start is not None and update.params is not None:
+            start = trees.at_step(bound.start, update.step)
             limit = _started(limit, lambda: start.of(weights()))
     else:
-        limit = trees.bound_at(rule, context.step)
-    limit = jnp.broadcast_to(limit, own.norms.shape)
+        limit = trees.bound_at(rule, update.step)
+    limit = jnp.broadcast_to(limit, norm.shape)
     # Where nothing may exceed its bound: a norm may be so much more than was found.
-    margin = 1 + 2**-20 if context.plan.strict else 1
-    factor = trees.at_step(bound.response, context.step)(own.norms * margin, limit)
+    margin = 1 + 2**-20 if update.plan.strict else 1
+    if dataclasses.is_dataclass(response):
+        response = trees.at_step(response, update.step)
+    factor = response(norm * margin, limit)
     if past is None:
-        return _Compared(limit, factor, {})
-    sees = [trees.single(x) for x in (own.norms, limit, own.norms * factor)]
-    new = jax.vmap(rule.remember)(past, *sees)
-    tells = context.known & (own.norms > 0)
-    kept = functools.partial(_where_told, tells, context.reading.over)
-    new = jax.tree.map(kept, new, past)
-    rows = enumerate(own.labels)
-    return _Compared(
-        limit, factor, {p: jax.tree.map(lambda x, i=i: x[i], new) for i, p in rows}
-    )
+        return limit, factor, {}
+    sees = (norm, limit, norm * factor)
+    return limit, factor, _remembered(update, rule, labels, past, sees)
 
 
-def _compare_each(
-    context: _Context,
-    bound: Bound,
-    memory: dict[str, PyTree],
-    own: _Set,
-    weights: Callable[[], Array],
-) -> _Compared:
-    """Compares every label by a rule of its own."""
-    found = [
-        _compare(
-            context,
-            bound,
-            memory,
-            _Set((label,), own.norms[i : i + 1]),
-            functools.partial(lambda i: weights()[i : i + 1], i),
-        )
-        for i, label in enumerate(own.labels)
-    ]
-    memories = {label: row for one in found for label, row in one.memory.items()}
-    thresholds, factors = (
-        jnp.concatenate(x) for x in list(zip(*found, strict=True))[:2]
-    )
-    return _Compared(thresholds, factors, memories)
-
-
-def _rows_of(memory: dict[str, PyTree], own: _Set) -> PyTree:
+def _stacked_memory(
+    memory: dict[str, PyTree], labels: tuple[str, ...], norm: Array
+) -> PyTree:
     """Stacks what is remembered of parts, laid out as their norms are."""
 
     def stack(*rows):
         x = jnp.stack(rows)
-        return sharding.like(x, own.norms) if x.shape == own.norms.shape else x
+        return sharding.like(x, norm) if x.shape == norm.shape else x
 
-    return jax.tree.map(stack, *(memory[label] for label in own.labels))
+    return jax.tree.map(stack, *(memory[label] for label in labels))
 
 
 def _started(limit: Array, start: Callable[[], Array]) -> Array:
@@ -701,71 +661,99 @@ def _started(limit: Array, start: Callable[[], Array]) -> Array:
     return jnp.where(is_unknown, first, limit)
 
 
-def _where_told(tells: Array, over: AxisName, new: Array, old: Array) -> Array:
-    """Keeps what is remembered of a part, unless its norm has something to tell."""
-    if new.ndim < tells.ndim:  # one for all parts of a leaf
-        tells = anywhere(tells, tuple(range(new.ndim, tells.ndim)), over)
-    return jnp.where(_column(tells, new), new, old)
+def _remembered(
+    update: _Update,
+    rule: Any,
+    labels: tuple[str, ...],
+    past: PyTree,
+    sees: tuple[Array, Array, Array],
+) -> dict[str, PyTree]:
+    """Returns what is remembered of parts, by label, where norms tell something."""
+    tells = jnp.isfinite(update.norm) & (sees[0] > 0)
+
+    def keep(new, old):
+        told = tells
+        if new.ndim < tells.ndim:  # one for all parts of a leaf
+            told = anywhere(tells, tuple(range(new.ndim, tells.ndim)), update.over)
+        return jnp.where(_column(told, new), new, old)
+
+    new = jax.tree.map(
+        keep, jax.vmap(rule.remember)(past, *map(trees.single, sees)), past
+    )
+    return {
+        label: jax.tree.map(lambda x, i=i: x[i], new) for i, label in enumerate(labels)
+    }
 
 
 # What comes of it
 
 
-def _applied(context: _Context, found: dict[str, Array], now: _Now) -> dict[str, Array]:
+def _applied(update: _Update, now: _Now) -> dict[str, Array]:
     """Returns the leaves as they come out."""
-    plan, stacks = context.plan, context.stacks
-    policy, response = plan.nonfinite, plan.bounds[-1].response
+    plan, stacks, held = update.plan, update.stacks, lax.optimization_barrier
+    response: Any = plan.bounds[-1].response
+    if update.of_entries:  # as large as the leaves
+        held = jnp.asarray
     kept = None
-    if policy is not responses.propagate:
-        parts = now.known or [context.known] * len(stacks)
-        kept = [policy(known, context.known) for known in parts]
-    columns = (now.factors, None, None, kept)
-    if plan.bounds[-1].is_leafwise:
-        columns = (now.factors, now.thresholds, now.compared, kept)
-    if not context.reading.is_entrywise:
-        # Held, or XLA would compute all of the above again for every leaf.
-        columns = jax.tree.map(lax.optimization_barrier, columns)
+    if plan.nonfinite is not responses.propagate:
+        parts = now.known or [jnp.isfinite(update.norm)] * len(stacks)
+        kept = [plan.nonfinite(known, jnp.isfinite(update.norm)) for known in parts]
+    # Held, or XLA would compute all of the above again for every leaf.
+    factors = _by_path(stacks, now.factors, held)
+    kept = _by_path(stacks, kept, held)
+    changed, limits, compared = {}, {}, {}
+    if plan.is_leafwise:
+        limits = _by_path(stacks, now.thresholds, held)
+        compared = _by_path(stacks, now.compared, held)
     scale = trees.scale_inward if plan.strict else trees.scale
-    factors, limits, compared, kept = (_by_path(stacks, x) for x in columns)
-    changed = {}
-    for path, leaf in context.leaves.items():
+    for path, leaf in update.leaves.items():
         if factors:
             leaf = scale(leaf, factors[path])
-        if plan.bounds[-1].is_leafwise:
-            leaf = response.at(path, found)(leaf, compared[path], limits[path])
-        if kept:
-            leaf = _select(kept[path], leaf)
+        if plan.is_leafwise:
+            entries = response.at(path, update.found)
+            leaf = entries(leaf, compared[path], limits[path])
+        if path in kept:
+            choose = jnp.where if kept[path].ndim else lax.select
+            leaf = choose(kept[path], leaf, jnp.zeros_like(leaf))
         changed[path] = leaf
     return changed
 
 
-def _record(
-    context: _Context,
-    old: ClipState,
-    norm: Float[Array, ""],
-    now: _Now,
-    changed: dict[str, Array],
+def _by_path(
+    stacks: list[Stack], values: list[Any] | None, held: Callable[[Array], Array]
+) -> dict[str, Array]:
+    """Returns the row of each leaf, or the number that holds for all of them."""
+    result = {}
+    for (paths, _), x in zip(stacks, values or [], strict=values is not None):
+        if x is not None:
+            rows = stacked.unstacked(held(x)) if x.ndim else [held(x)] * len(paths)
+            result |= dict(zip(paths, rows, strict=True))
+    return result
+
+
+def _recorded(
+    update: _Update, old: Any, now: _Now, changed: dict[str, Array]
 ) -> ClipState:
-    """Returns the record of a step, with nothing non-finite in it."""
-    reading, last = context.reading, context.plan.bounds[-1]
-    outgoing, over = now.norms, reading.over
-    factors, _ = stacked.merged(now.factors or [])
-    touched = [factor != 1 for factor in factors]
-    if last.is_leafwise:
-        outgoing = [x.values for x in reading.stacks(changed, context.stacks)]
-        over = context.plan.axis_name
-        touched += [x != changed[path] for path, x in context.leaves.items()]
+    """Returns the record of a step."""
+    plan, last, over = update.plan, update.plan.bounds[-1], update.over
+    outgoing, (touched, _) = now.norms, stacked.merged(now.factors or [])
+    touched = [factor != 1 for factor in touched]
+    if plan.is_leafwise:
+        like = _measured(plan, changed, update.axes, update.names, update.stacks)
+        outgoing = [stack.values for stack in like]
+        touched += [x != changed[path] for path, x in update.leaves.items()]
+        over = plan.axis_name
     if isinstance(last.threshold, Relative):
-        shown = trees.bound_at(last.threshold.factor, context.step)
+        shown = trees.bound_at(last.threshold.factor, update.step)
     elif isinstance(last.threshold, History | Mapping):
-        shown = norms.inf_norm(now.thresholds, axis_name=reading.over)
+        shown = norms.inf_norm(now.thresholds, axis_name=update.over)
     else:
-        shown = trees.bound_at(last.threshold, context.step)
+        shown = trees.bound_at(last.threshold, update.step)
     flags = jnp.stack([jnp.any(flag) for flag in touched] or [jnp.zeros([], bool)])
     return after(
         old,
-        norm=norm,
-        clipped_norm=reading.whole(outgoing),
+        norm=update.norm,
+        clipped_norm=_pooled_all(plan, outgoing, update.over, update.of_entries),
         threshold=shown,
         clipped=anywhere(flags, None, over),
     )
@@ -803,31 +791,12 @@ def after(
     )
 
 
-# Small arrays, a row for each leaf
+# Small arrays
 
 
 def _column(x: Array, like: Array) -> Array:
     """Gives an array as many axes as another has, behind its own."""
     return x.reshape(x.shape + (1,) * (like.ndim - x.ndim)) if x.ndim < like.ndim else x
-
-
-def _by_path(
-    stacks: list[Stack], values: list[Array | None] | None
-) -> dict[str, Array]:
-    """Returns the row of each leaf, or the number that holds for all of them."""
-    result = {}
-    for (paths, _), x in zip(stacks, values or [None] * len(stacks), strict=True):
-        if x is not None:
-            rows = stacked.unstacked(x) if x.ndim else [x] * len(paths)
-            result |= dict(zip(paths, rows, strict=True))
-    return result
-
-
-def _select(kept: Bool[Array, "..."], leaf: Array) -> Array:
-    zeros = jnp.zeros_like(leaf)
-    if kept.ndim:
-        return jnp.where(kept, leaf, zeros)
-    return lax.select(kept, leaf, zeros)
 
 
 def anywhere(

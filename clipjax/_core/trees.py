@@ -4,6 +4,8 @@ NNX shows `init` and `update` different trees of one network, so nothing but a p
 be carried from one to the other.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -48,6 +50,15 @@ def map_by_path(function: Callable[..., Any], tree: PyTree, *rest: Mapping) -> P
         return function(leaf, *(entries[name] for entries in rest))
 
     return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def replaced(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
+    """Returns a tree with other leaves at some paths."""
+
+    def new(keys, leaf):
+        return leaves.get(path(keys), leaf)
+
+    return jax.tree_util.tree_map_with_path(new, tree)
 
 
 def floats(tree: PyTree) -> dict[str, Any]:

@@ -1,50 +1,78 @@
-"""Rules for masks that start at random and then move."""
+"""Masks that start at random, and then move: some entries are dropped, others grow.
+
+Numbers of entries are exact, and nothing is sorted.  A dropped entry may grow again at
+once, as in the published code; it then keeps its value.
+"""
+
+from __future__ import annotations
 
 import dataclasses
+import functools
+import zlib
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, UInt32
+from jaxtyping import Array, Float, Int, Key, UInt32
 
-from .. import allocations, masks, norms, patterns
+from .. import selection
 from .._core import checks as check, sharding, trees
 from .._core.types import AxisName, Number, Schedule
-from ..allocations import Allocation, Budget
-from ..scores._tracked import drawn, leaf_key
-from ..selection import _counts as counts
+from ..allocations import Allocation
+from ..allocations._budget import integers
+from ..allocations._compared import numbers
+from ..patterns._pattern import whole_shapes
+from ..selection import _counts as counts, _keys as ranking
 from ..selection._counts import Count
-from . import _drop_grow as drop_grow
+from ..selection._keys import Magnitude
 from ._ranked import Now
-from ._store import Masks
+from ._store import Leaves, Masks
 
 RandomKey = Key[Array, ""] | UInt32[Array, " 2"]
 
-Scores = dict[str, Float[Array, "..."]]
-
-Growth = Callable[[Now, RandomKey], Scores]
-"""From what there is to see and a fresh key to how much each entry should grow."""
+Growth = Callable[[Now], Leaves]
+"""From what there is to see to how much each entry should grow."""
 
 
-def random_growth(now: Now, key: RandomKey) -> Scores:
-    """Scores every entry at random, in the dtype in which gradients are compared."""
+def random_growth(now: Now, key: RandomKey, axis_name: AxisName) -> Leaves:
+    """Scores every entry at random, by the key, the path of its leaf and its place.
 
-    def one(path, x):
-        ones = masks.full(x).astype(jnp.float32)
-        dtype = trees.wide(jnp.real(now.updates[path])).dtype
-        return drawn(leaf_key(key, path), ones).astype(dtype)
+    By a hash: a generator of JAX is a loop for each leaf, and is not fused.
+    """
+    names = [zlib.crc32(path.encode()) for path in now.params]
 
-    return {p: one(p, x) for p, x in now.params.items()}
+    def words(name):
+        return jax.random.bits(jax.random.fold_in(key, name), (2,), jnp.uint32)
+
+    seeds = jax.vmap(words)(jnp.asarray(names, jnp.uint32))
+    axes = sharding.axis_names(axis_name)
+    return {p: _noise(x, seeds[i], axes) for i, (p, x) in enumerate(now.params.items())}
 
 
-def gradient_growth(now: Now, key: RandomKey) -> Scores:
+@functools.partial(jax.jit, static_argnums=2)  # traced once for all of one shape
+def _noise(
+    x: Array, seed: UInt32[Array, " 2"], axes: tuple[str, ...]
+) -> Float[Array, "..."]:
+    """Returns numbers in [0, 1), in the shape of `x`."""
+    place = ranking.places(x, axes).astype(jnp.uint32)
+    bits = _mixed(_mixed(place ^ seed[0]) ^ seed[1])
+    return (bits >> 8).astype(jnp.float32) * 2**-24
+
+
+def _mixed(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """Mixes all bits of an integer: `lowbias32` of nullprogram.com/blog/2018/07/31."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
+def gradient_growth(now: Now) -> Leaves:
     """Scores every entry by the magnitude of its raw gradient."""
-    del key
     return {p: trees.wide(jnp.abs(x)) for p, x in now.updates.items()}
 
 
 @dataclasses.dataclass(frozen=True)
-class Start:
+class AtRandom:
     """Random masks that never move."""
 
     sparsity: Number | Schedule
@@ -55,151 +83,110 @@ class Start:
     def __post_init__(self) -> None:
         check.between(0, 1, sparsity=self.sparsity)
         check.function(allocation=self.allocation)
-        if allocations.weighs(self.allocation):
-            raise ValueError(
-                "allocation must go by shapes, since the first mask is random, but"
-                f" {self.allocation} weighs scores. Use `allocations.uniform`,"
-                " `.erdos_renyi_kernel`, `.global_` or `.by_path`."
-            )
 
-    def init(self, params: dict[str, Array]) -> dict[str, Array]:
+    def init(self, params: Leaves) -> Leaves:
         """Returns nothing."""
         del params
         return {}
 
-    def track(self, now: Now) -> dict[str, Array]:
+    def track(self, now: Now) -> Leaves:
         """Returns nothing."""
         return now.memory
 
     def masks(self, now: Now, old: Masks) -> Masks:
         """Keeps at random what the allocation leaves to every layer."""
         del old
-        return patterns.marks(
-            random_growth(now, jax.random.fold_in(self.key, 0)),
-            now.params,
-            self.share(now),
-            pattern=patterns.Unstructured(),
-            allocation=self.allocation,
-            axis_name=self.axis_name,
-        )
+        key = jax.random.fold_in(self.key, 0)
+        scores = random_growth(now, key, self.axis_name).values()
+        groups, kept = range(len(scores)), self.kept(now)
+        new = selection.select([*scores], kept, groups, axis_name=self.axis_name)
+        return dict(zip(now.params, new, strict=True))
 
-    def share(self, now: Now) -> Float[Array, ""]:
-        """Returns the sparsity of this step."""
-        return jnp.clip(trees.value_at(self.sparsity, now.step), 0, 1)
+    def grown(self, now: Now, growth: Growth | None) -> Leaves:
+        """Scores by growth; the first masks, and where there is none, at random."""
+        key = jax.random.fold_in(self.key, now.masks_made)
+        noise = random_growth(now, key, self.axis_name)
+        if growth is None:
+            return noise
+        starts, scores = now.masks_made == 0, growth(now)
+        return {
+            p: jnp.where(starts, noise[p].astype(x.dtype), x) for p, x in scores.items()
+        }
 
-    def budget(self, now: Now) -> Budget:
-        """Returns how many entries the layers keep."""
-        blocks = {p: sharding.blocks(x, self.axis_name) for p, x in now.params.items()}
-        shapes = [
-            (x.shape[0] * blocks[p], *x.shape[1:]) if x.ndim else ()
-            for p, x in now.params.items()
-        ]
-        allocation = allocations.at_paths(self.allocation, list(now.params))
-        return allocation(shapes, self.share(now))
+    def kept(self, now: Now) -> Int[Array, " arrays"]:
+        """Returns how many entries every layer keeps."""
+        share = jnp.clip(trees.value_at(self.sparsity, now.step), 0, 1)
+        shapes = whole_shapes(now.params.values(), self.axis_name)
+        return numbers(self.allocation, list(now.params), shapes, share)
 
 
 @dataclasses.dataclass(frozen=True)
 class Moving:
-    """Drops the smallest of what is kept and grows others, as many in every group."""
+    """Drops the smallest of what is kept and grows others, as many in every layer."""
 
-    start: Start
+    start: AtRandom
     fraction: Number | Schedule
-    growth: Growth
+    growth: Growth | None
 
-    def init(self, params: dict[str, Array]) -> dict[str, Array]:
+    def init(self, params: Leaves) -> Leaves:
         """Returns nothing."""
         return self.start.init(params)
 
-    def track(self, now: Now) -> dict[str, Array]:
+    def track(self, now: Now) -> Leaves:
         """Returns nothing."""
         return now.memory
 
     def masks(self, now: Now, old: Masks) -> Masks:
         """Starts at random, as a move with nothing that could stay, then moves."""
-        budget = self.start.budget(now)
-        starts = now.masks_made == 0
-        dropped = drop_grow.part_of(
-            budget.kept, trees.value_at(self.fraction, now.step)
-        )
-        key = jax.random.fold_in(self.start.key, now.masks_made)
-        grown = jax.lax.cond(
-            starts,
-            lambda: random_growth(now, key),
-            lambda: self.growth(now, key),
-        )
-        new = drop_grow.moved(
-            [mask & ~starts for mask in old.values()],
-            list(now.params.values()),
-            list(grown.values()),
-            stay=budget.kept - dropped,
-            budget=budget,
+        kept = self.start.kept(now)
+        dropped = part_of(counts.of(kept), trees.value_at(self.fraction, now.step))
+        return moved(
+            {p: mask & (now.masks_made > 0) for p, mask in old.items()},
+            now.params,
+            self.start.grown(now, self.growth),
+            stay=kept - integers(dropped),
+            kept=kept,
             axis_name=self.start.axis_name,
         )
-        return dict(zip(old, new, strict=True))
 
 
-@dataclasses.dataclass(frozen=True)
-class Redistributing:
-    """Drops the smallest of every layer, and grows where the mean gradient is large."""
+def moved(
+    old: Masks,
+    params: Leaves,
+    growth: Leaves,
+    *,
+    stay: Int[Array, " arrays"],
+    kept: Int[Array, " arrays"],
+    axis_name: AxisName,
+) -> Masks:
+    """Returns masks in which so many of the old entries stay and the others are new.
 
-    start: Start
-    fraction: Number | Schedule
-    decay: Number | Schedule
+    Those with the largest magnitudes stay, at most; those with the highest growth are
+    new, until every array keeps what it should.
+    """
+    groups = range(len(old))
+    # A NaN ranks lowest, below a connection of zero.
+    sizes = [Magnitude(jnp.where(m, params[p], jnp.nan)) for p, m in old.items()]
+    largest = selection.select(sizes, stay, groups, axis_name=axis_name)
+    left = zip(old, old.values(), largest, strict=True)
+    order = [Magnitude(jnp.where(m & new, jnp.inf, growth[p])) for p, m, new in left]
+    grown = selection.select(order, kept, groups, axis_name=axis_name)
+    return dict(zip(old, grown, strict=True))
 
-    def init(self, params: dict[str, Array]) -> dict[str, Array]:
-        """Returns means of zero."""
-        return {p: trees.zeros(x) for p, x in params.items()}
 
-    def track(self, now: Now) -> dict[str, Array]:
-        """Takes a finite gradient into the means."""
-        decay = trees.value_at(self.decay, now.step)
+def annealed(
+    fraction: Number | Schedule, end: Callable[[], Float[Array, ""]]
+) -> Schedule:
+    """Returns f/2·(1 + cos(πt/T)) as a schedule."""
 
-        moves = now.updates
-        if not moves:
-            return now.memory
-        known = jnp.isfinite(norms.inf_norm(moves, axis_name=self.start.axis_name))
+    def value(step):
+        share = jnp.clip(step.astype(jnp.float32) / end(), 0, 1)
+        return trees.value_at(fraction, step) / 2 * (1 + jnp.cos(jnp.pi * share))
 
-        def one(old, update):
-            share = decay.astype(old.dtype)
-            new = share * old + (1 - share) * jnp.asarray(update, old.dtype)
-            return jnp.where(known, new, old)
+    return value
 
-        return now.memory | {p: one(now.memory[p], x) for p, x in moves.items()}
 
-    def masks(self, now: Now, old: Masks) -> Masks:
-        """Starts at random, then moves."""
-        return jax.lax.cond(
-            now.masks_made == 0,
-            lambda: self.start.masks(now, old),
-            lambda: self._moved(now, old),
-        )
-
-    def _moved(self, now: Now, old: Masks) -> Masks:
-        axis_name, params = self.start.axis_name, list(now.params.values())
-        sizes = [x.size * sharding.blocks(x, axis_name) for x in params]
-        grown = [jnp.abs(now.memory[p]) for p in now.params]
-        number = [masks.count(m, axis_name=axis_name) for m in old.values()]
-        number = counts.of(jnp.stack(number))
-        dropped = self._dropped(number, now)
-        stay, all_dropped = number - dropped, counts.total(dropped)
-        means = drop_grow.means(grown, list(old.values()), number, axis_name)
-        parts = dropped.to_float() / jnp.maximum(all_dropped.to_float(), 1)
-        shares = jnp.where(jnp.sum(means) > 0, means / jnp.sum(means), parts)
-        room = counts.of(sizes) - stay
-        added = drop_grow.redistributed(all_dropped, shares, room, sizes)
-        groups = tuple(range(len(sizes)))
-        new = drop_grow.moved(
-            list(old.values()),
-            params,
-            grown,
-            stay=stay,
-            budget=Budget(counts.plus(stay, added), groups, (0,) * len(sizes)),
-            axis_name=axis_name,
-        )
-        return dict(zip(old, new, strict=True))
-
-    def _dropped(self, number: Count, now: Now) -> Count:
-        """Returns how many every layer drops: not the last one."""
-        dropped = drop_grow.part_of(number, trees.value_at(self.fraction, now.step))
-        one = counts.of(jnp.ones_like(number.low))
-        return counts.clip(dropped, counts.of(jnp.zeros_like(number.low)), number - one)
+def part_of(number: Count, share: Float[Array, "..."]) -> Count:
+    """Returns ⌊share·number⌋."""
+    rounded = counts.floor(jnp.clip(share, 0, 1) * number.to_float())
+    return counts.where(number.at_least(rounded), rounded, number)

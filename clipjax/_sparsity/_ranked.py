@@ -1,5 +1,7 @@
 """Masks by rank: the highest scores are kept."""
 
+from __future__ import annotations
+
 import dataclasses
 from typing import NamedTuple
 
@@ -9,6 +11,8 @@ from jaxtyping import Array, Int
 from .. import allocations, norms, patterns, scores
 from .._core import checks as check, trees
 from .._core.types import AxisName, Number, Schedule
+from ..allocations._budget import Scores
+from ..patterns._by_path import marks
 from ._store import Leaves, Masks
 
 
@@ -53,7 +57,7 @@ class Ranked:
     def masks(self, now: Now, old: Masks) -> Masks:
         """Returns the masks of this step's sparsity."""
         del old
-        return patterns.marks(
+        return marks(
             scored(self.score, now.memory, now.params, now.updates),
             now.params,
             jnp.clip(trees.value_at(self.sparsity, now.step), 0, 1),
@@ -91,8 +95,8 @@ def tracked(
     """Takes a step into the memory of a score, unless an update is not finite."""
     if not params:
         return memory
-    moves = [updates[path] for path in params]
-    known = jnp.isfinite(norms.inf_norm(moves, axis_name=axis_name))
+    own = [updates[path] for path in params]
+    known = jnp.isfinite(norms.inf_norm(own, axis_name=axis_name))
     result = dict(memory)
     for path, param in params.items():
         new = score.track(memory[path], param, updates[path])
@@ -105,7 +109,7 @@ def scored(
     memory: Leaves,
     params: Leaves,
     updates: Leaves,
-) -> dict[str, patterns.Scores]:
+) -> dict[str, Scores]:
     """Scores every parameter; magnitudes are not written to memory."""
     if score is scores.magnitude:
         return {path: scores.Magnitude(x) for path, x in params.items()}

@@ -1,26 +1,28 @@
-"""How many entries each array may keep, so that all together meet one sparsity.
+"""How many entries each array keeps, so that all together meet one sparsity.
 
-An allocation is a function of shapes and a sparsity; it returns a `Budget`.  Numbers of
-entries are exact integers, and the sparsity may be traced.  `floor` entries of every
-array always stay, so that no layer dies: where the floors ask for more than the
-sparsity leaves, they win.  Set one with `functools.partial(uniform, floor=16)`.
+An allocation is a function of paths, shapes, a sparsity that may be traced, and scores;
+it returns an integer for each array.  Write your own, with whatever numbers:
 
-Two kinds need more than shapes, and are frozen values that can be called all the same.
-One that goes by path has a method `at`; see `at_paths`.  One that looks at the scores
-has a method `weigh`; see `allot`.
+    def half_of_the_head(paths, shapes, sparsity, scores=None):
+        keep = lambda path: 0.5 if path == "head" else 0.1
+        return [int(keep(p) * math.prod(s)) for p, s in zip(paths, shapes)]
+
+With `patterns.Channels` or `patterns.Blocks` shapes and scores are those of the units,
+and so are the numbers.  Numbers that are traced are brought between none and all.
+
+Of ours, `floor` entries of every array always stay, so that no layer dies: where the
+floors ask for more than the sparsity leaves, they win.  Set one with
+`functools.partial(uniform, floor=16)`.
 """
 
-from ._budget import Allocation, Budget
-from ._by_path import at_paths, by_path, excluding, weighs
+from ._budget import Allocation
+from ._by_path import by_path, excluding
+from ._compared import global_, normalized
 from ._lamp import lamp
-from ._shapes import erdos_renyi, erdos_renyi_kernel, global_, uniform
-from ._weighed import allot, normalized
+from ._shapes import erdos_renyi, erdos_renyi_kernel, uniform
 
 __all__ = [
     "Allocation",
-    "Budget",
-    "allot",
-    "at_paths",
     "by_path",
     "erdos_renyi",
     "erdos_renyi_kernel",
@@ -29,7 +31,6 @@ __all__ = [
     "lamp",
     "normalized",
     "uniform",
-    "weighs",
 ]
 
 

@@ -1,9 +1,9 @@
 """Allocations that tell arrays apart by their paths."""
 
+from __future__ import annotations
+
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
-from typing import NoReturn
 
 import jax.numpy as jnp
 
@@ -11,48 +11,15 @@ from .._core import checks as check
 from .._core.types import Number
 from ..selection import _counts as counts
 from ..selection._counts import Count
-from ._budget import Allocation, Budget, check_numbers, exactly, kept_of
+from ._budget import Allocation, Scores, exactly, integers, kept_of, sizes_of
+from ._compared import Grouping, Groups, apart, grouped
 from ._shapes import uniform
-from ._weighed import allot
 
 SparsityByPath = Callable[[str, Number], Number | None]
 """From the path of a leaf and the sparsity that is asked for to that of the leaf."""
 
 DenseByPath = Callable[[str, tuple[int, ...]], bool]
 """Tells from the path of a leaf and its shape whether it stays dense."""
-
-
-def at_paths(allocation: Allocation, paths: Sequence[str]) -> Allocation:
-    """Returns the allocation for the arrays at these paths, in their order.
-
-    Args:
-        allocation: any; one that goes by path has a method `at`.
-        paths: of the arrays whose shapes it will be given.
-
-    Example:
-        >>> mine = by_path(lambda path, sparsity: 0.5 if path == "head" else None)
-        >>> at_paths(mine, ["body", "head"])([(10,), (10,)], 0.9).kept.low
-        Array([1, 5], dtype=int32)
-        >>> at_paths(uniform, ["body", "head"]) is uniform
-        True
-    """
-    at = getattr(allocation, "at", None)
-    return at(tuple(paths)) if at else allocation
-
-
-def weighs(allocation: Allocation) -> bool:
-    """Tells whether an allocation looks at scores, and not only at shapes.
-
-    Args:
-        allocation: any; one that weighs scores has a method `weigh`.
-
-    Example:
-        >>> weighs(uniform), weighs(excluding(lambda path, shape: False))
-        (False, False)
-    """
-    if isinstance(allocation, _Excluding):
-        return weighs(allocation.allocation)
-    return hasattr(allocation, "weigh")
 
 
 def by_path(function: SparsityByPath, *, floor: int = 1) -> Allocation:
@@ -66,119 +33,99 @@ def by_path(function: SparsityByPath, *, floor: int = 1) -> Allocation:
         floor: entries that every array keeps.
 
     Example:
-        >>> mine = by_path(lambda path, sparsity: 0.4 if "head" in path else sparsity)
-        >>> at_paths(mine, ["body", "head"])([(10, 10), (10, 10)], 0.8).kept.low
+        >>> import clipjax
+        >>> mine = clipjax.allocations.by_path(
+        ...     lambda path, sparsity: 0.4 if "head" in path else sparsity
+        ... )
+        >>> mine(["body", "head"], [(10, 10), (10, 10)], 0.8)
         Array([20, 60], dtype=int32)
     """
     check.function(function=function)
     check.whole(0, floor=floor)
-    return _ByPath(function, floor)
+
+    def allocation(paths, shapes, sparsity, scores=None):
+        del scores
+        check.between(0, 1, sparsity=sparsity)
+        sizes, sparsities = sizes_of(shapes), []
+        for path in paths:
+            own = function(path, sparsity)
+            own = sparsity if own is None else own
+            check.between(0, 1, **{f"the sparsity of {path!r}": own})
+            sparsities.append(jnp.asarray(own).astype(jnp.float32))
+        floors = [min(floor, size) for size in sizes]
+        return integers(kept_of(jnp.stack(sparsities), sizes, floors))
+
+    return allocation
 
 
 def excluding(dense: DenseByPath, allocation: Allocation = uniform) -> Allocation:
     """Leaves some arrays dense, and lets the others make up for them.
 
     Σᵢ kᵢ = N - ⌈s·N⌉ for the N entries of all arrays, those that stay dense included.
-    Exactly that many stay, unless these and the floors are more.  What is not to count
-    at all belongs into the `where` of `clipjax.sparsify`.
+    Exactly that many stay, unless these and what the others keep at s = 1 are more.
+    What is not to count at all belongs into the `where` of `clipjax.sparsify`.
 
     Args:
         dense: of the path and the shape of an array, whether it stays dense.  With a
             pattern of channels or blocks the shape is that of their grid.
-        allocation: how the other arrays share what is left.
+        allocation: how the other arrays share what is left; your own too, which is
+            asked at s = 1 as well.
 
     Example:
-        >>> mine = excluding(lambda path, shape: path == "head")
-        >>> at_paths(mine, ["body", "head"])([(100,), (10,)], 0.8).kept.low
+        >>> import clipjax
+        >>> mine = clipjax.allocations.excluding(lambda path, shape: path == "head")
+        >>> mine(["body", "head"], [(100,), (10,)], 0.8)
         Array([12, 10], dtype=int32)
     """
     check.function(dense=dense, allocation=allocation)
     return _Excluding(dense, allocation)
 
 
-def _no_paths(name: str) -> NoReturn:
-    raise ValueError(
-        f"{name} goes by path, but knows none. Hand it to `clipjax.sparsify` or"
-        " `clipjax.prune`, or call `allocations.at_paths(allocation, paths)` first."
-    )
-
-
 @dataclasses.dataclass(frozen=True)
-class _ByPath:
-    function: SparsityByPath
-    floor: int
-    paths: tuple[str, ...] | None = None
-
-    def at(self, paths: tuple[str, ...]) -> Allocation:
-        return dataclasses.replace(self, paths=paths)
-
-    def __call__(self, shapes: Sequence[tuple[int, ...]], sparsity: Number) -> Budget:
-        check_numbers(sparsity, self.floor)
-        sizes = [math.prod(shape) for shape in shapes]
-        paths = self.paths or _no_paths("by_path")
-        sparsities = []
-        for path, _ in zip(paths, shapes, strict=True):
-            own = self.function(path, sparsity)
-            own = sparsity if own is None else own
-            check.between(0, 1, **{f"the sparsity of {path!r}": own})
-            sparsities.append(jnp.asarray(own).astype(jnp.float32))
-        floors = [min(self.floor, size) for size in sizes]
-        kept = kept_of(jnp.stack(sparsities), sizes, floors)
-        return Budget(kept, tuple(range(len(sizes))), (0,) * len(sizes))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Excluding:
+class _Excluding(Grouping):
     dense: DenseByPath
     allocation: Allocation
-    paths: tuple[str, ...] | None = None
 
-    def at(self, paths: tuple[str, ...]) -> Allocation:
-        return dataclasses.replace(self, paths=paths)
-
-    def __call__(self, shapes: Sequence[tuple[int, ...]], sparsity: Number) -> Budget:
-        nothing = [jnp.zeros(0, jnp.float32)] * len(shapes)
-        return self.weigh(nothing, shapes, sparsity)[1]
-
-    def weigh(self, scores, shapes, sparsity, *, axis_name=None):
-        """Weighs what is not dense; returns all scores, and the budget of all."""
-        paths = self.paths or _no_paths("excluding")
-        sizes = [math.prod(shape) for shape in shapes]
-        pairs = enumerate(zip(paths, shapes, strict=True))
-        rest = [i for i, (path, shape) in pairs if not self.dense(path, shape)]
+    def grouped(self, paths, shapes, sparsity, scores, axis_name):
+        check.between(0, 1, sparsity=sparsity)
+        sizes, pairs = sizes_of(shapes), zip(paths, shapes, strict=True)
+        rest = [i for i, pair in enumerate(pairs) if not self.dense(*pair)]
+        if not rest:
+            return apart(scores, counts.of(sizes))
         left = sum(sizes[i] for i in rest)
         wanted = kept_of(sparsity, sum(sizes), sum(sizes) - left)
         wanted = wanted - counts.of(sum(sizes) - left)
-        share = 1 - jnp.minimum(wanted.to_float() / float(max(left, 1)), 1)
-        inner = at_paths(self.allocation, [paths[i] for i in rest])
+        share = 1 - jnp.minimum(wanted.to_float() / float(left or 1), 1)
 
-        def budget_at(share):
-            own, own_shapes = [scores[i] for i in rest], [shapes[i] for i in rest]
-            return allot(inner, own, own_shapes, share, axis_name=axis_name)
+        def inner_at(share):
+            own = None if scores is None else [scores[i] for i in rest]
+            where = [paths[i] for i in rest], [shapes[i] for i in rest]
+            return grouped(self.allocation, *where, share, own, axis_name)
 
-        scores, groups, floors = list(scores), [-1] * len(sizes), [0] * len(sizes)
-        kept = counts.of([])
-        if rest:
-            weighed, budget = budget_at(share)
-            for place, i in enumerate(rest):
-                scores[i], groups[i] = weighed[place], budget.groups[place]
-                floors[i] = budget.floors[place]
-            least = budget_at(1.0)[1].kept
-            kept = _brought_to(wanted, budget.kept, least, groups, sizes)
-        dense = [i for i, group in enumerate(groups) if group < 0]
-        for place, i in enumerate(dense):
-            groups[i] = len(kept.low) + place
-        both = zip(kept, counts.of([sizes[i] for i in dense]), strict=True)
-        kept = Count(*(jnp.concatenate(words) for words in both))
-        return scores, Budget(kept, tuple(groups), tuple(floors))
+        inner, least = inner_at(share), inner_at(1.0).kept
+        most = [0] * len(least.low)
+        for i, group in zip(rest, inner.groups, strict=True):
+            most[group] += sizes[i]
+        kept = exactly(wanted, inner.kept, most, least)
+        return _beside_dense(inner._replace(kept=kept), rest, sizes, scores)
 
 
-def _brought_to(
-    wanted: Count, kept: Count, least: Count, groups: list[int], sizes: list[int]
-) -> Count:
-    """Returns what each group keeps, with what is wanted as their sum."""
-    most = [0] * len(kept.low)
-    for group, size in zip(groups, sizes, strict=True):
-        if group >= 0:
-            most[group] += size
-    return exactly(wanted, kept, most, least)
+def _beside_dense(
+    inner: Groups, rest: list[int], sizes: list[int], scores: Sequence[Scores] | None
+) -> Groups:
+    """Returns groups of all arrays: those of the rest, and one for each dense array."""
+    dense = [i for i in range(len(sizes)) if i not in rest]
+    first = len(inner.kept.low)  # of the groups of dense arrays
+    groups = dict(zip(rest, inner.groups, strict=True))
+    groups |= {i: first + place for place, i in enumerate(dense)}
+    floors = dict(zip(rest, inner.floors, strict=True))
+    if scores is not None and inner.scores is not None:
+        own = dict(zip(rest, inner.scores, strict=True))
+        scores = [own.get(i, x) for i, x in enumerate(scores)]
+    words = zip(inner.kept, counts.of([sizes[i] for i in dense]), strict=True)
+    return Groups(
+        scores,
+        Count(*(jnp.concatenate(pair) for pair in words)),
+        tuple(groups[i] for i in range(len(sizes))),
+        tuple(floors.get(i, 0) for i in range(len(sizes))),
+    )

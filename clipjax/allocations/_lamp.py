@@ -5,8 +5,10 @@ is all above some threshold, and it is enough to find the thresholds.  All array
 searched at once: one pass counts, and sums squares, at a few thresholds of each array.
 """
 
+from __future__ import annotations
+
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -15,11 +17,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .. import norms
 from .._core import checks as check, sharding, trees
-from .._core.types import AxisName, Number
+from .._core.types import AxisName
 from ..selection import _counts as counts
 from ..selection._counts import Count
 from ..selection._keys import Magnitude
-from ._budget import Allocation, Budget, kept_of
+from ._budget import Allocation, kept_of
+from ._compared import Grouping, apart, given
 
 _THRESHOLDS = 4  # of each array in one pass
 _END = 0x40000001  # above the bits of 2.0
@@ -42,11 +45,13 @@ def lamp(*, floor: int = 1) -> Allocation:
         floor: entries that every array keeps.
 
     Example:
-        >>> from clipjax.patterns import Unstructured
+        >>> import jax.numpy as jnp
+        >>> import clipjax
         >>> scores = [jnp.array([4.0, 3.0, 3.0]), jnp.array([0.3, 0.4, 0.001])]
-        >>> masks = Unstructured().masks(scores, 0.5, allocation=lamp())
-        >>> masks[0].astype(int), masks[1].astype(int)  # a: 1, .26, .26 and .36, 1, 0
-        (Array([1, 0, 0], dtype=int32), Array([1, 1, 0], dtype=int32))
+        >>> clipjax.allocations.lamp()(
+        ...     ["a", "b"], [(3,), (3,)], 0.5, scores
+        ... )  # a: 1 .26 .26 and .36 1 0
+        Array([1, 2], dtype=int32)
 
     Reference:
         Jaeho Lee, Sejun Park, Sangwoo Mo, Sungsoo Ahn, Jinwoo Shin, Layer-adaptive
@@ -57,23 +62,17 @@ def lamp(*, floor: int = 1) -> Allocation:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Lamp:
+class _Lamp(Grouping):
     floor: int
 
-    def __call__(self, shapes: Sequence[tuple[int, ...]], sparsity: Number) -> Budget:
-        raise TypeError(
-            "lamp needs scores, not only shapes. Use `allocations.allot`, or a pattern"
-            " that does."
-        )
-
-    def weigh(self, scores, shapes, sparsity, *, axis_name=None):
+    def grouped(self, paths, shapes, sparsity, scores, axis_name):
         """Returns the scores as they are, and how many of each array to keep."""
-        del shapes
-        arrays = [_Scaled.of(x, axis_name) for x in scores]
+        del paths, shapes
+        check.between(0, 1, sparsity=sparsity)
+        arrays = [_Scaled.of(x, axis_name) for x in given("lamp", scores)]
         floors = [min(self.floor, x.entries) for x in arrays]
         wanted = kept_of(sparsity, sum(x.entries for x in arrays), sum(floors))
-        kept = _kept(arrays, wanted, counts.of(floors))
-        return scores, Budget(kept, tuple(range(len(arrays))), (0,) * len(arrays))
+        return apart(scores, _kept(arrays, wanted, counts.of(floors)))
 
 
 class _Scaled(NamedTuple):

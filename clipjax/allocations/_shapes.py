@@ -1,65 +1,57 @@
 """Allocations that shapes alone decide."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int
 
 from .._core.types import Number
 from ..selection import _counts as counts
-from ._budget import Budget, check_numbers, exactly, kept_of
+from ._budget import Scores, check_numbers, exactly, integers, kept_of, sizes_of
 
 
 def uniform(
-    shapes: Sequence[tuple[int, ...]], sparsity: Number, *, floor: int = 1
-) -> Budget:
+    paths: Sequence[str],
+    shapes: Sequence[tuple[int, ...]],
+    sparsity: Number,
+    scores: Sequence[Scores] | None = None,
+    *,
+    floor: int = 1,
+) -> Int[Array, " arrays"]:
     """Gives every array the same sparsity.
 
     kᵢ = max(nᵢ - ⌈s·nᵢ⌉, min(floor, nᵢ))
 
     Args:
+        paths: of the arrays; not read.
         shapes: of the arrays.
         sparsity: s in [0, 1], read to seven decimals; may be traced.
+        scores: of the arrays; not read.
         floor: entries that every array keeps.
 
     Example:
-        >>> uniform([(10, 10), (4,)], 0.9).kept.low
+        >>> import clipjax
+        >>> clipjax.allocations.uniform(["a", "b"], [(10, 10), (4,)], 0.9)
         Array([10,  1], dtype=int32)
     """
+    del paths, scores
     check_numbers(sparsity, floor)
-    sizes = [math.prod(shape) for shape in shapes]
-    kept = kept_of(sparsity, sizes, [min(floor, size) for size in sizes])
-    return Budget(kept, tuple(range(len(sizes))), (0,) * len(sizes))
-
-
-def global_(
-    shapes: Sequence[tuple[int, ...]], sparsity: Number, *, floor: int = 1
-) -> Budget:
-    """Compares the entries of all arrays with each other.
-
-    k = N - ⌈s·N⌉ for N entries in all
-
-    Args:
-        shapes: of the arrays.
-        sparsity: s in [0, 1], read to seven decimals; may be traced.
-        floor: entries that every array keeps.
-
-    Example:
-        >>> budget = global_([(10, 10), (4,)], 0.5)
-        >>> budget.kept.low, budget.groups
-        (Array([52], dtype=int32), (0, 0))
-    """
-    check_numbers(sparsity, floor)
-    sizes = [math.prod(shape) for shape in shapes]
-    floors = tuple(min(floor, size) for size in sizes)
-    kept = kept_of(sparsity, [sum(sizes)], [sum(floors)])
-    return Budget(kept, (0,) * len(sizes), floors)
+    sizes = sizes_of(shapes)
+    return integers(kept_of(sparsity, sizes, [min(floor, size) for size in sizes]))
 
 
 def erdos_renyi(
-    shapes: Sequence[tuple[int, ...]], sparsity: Number, *, floor: int = 1
-) -> Budget:
+    paths: Sequence[str],
+    shapes: Sequence[tuple[int, ...]],
+    sparsity: Number,
+    scores: Sequence[Scores] | None = None,
+    *,
+    floor: int = 1,
+) -> Int[Array, " arrays"]:
     """Gives larger arrays a higher sparsity, in proportion to inputs and outputs.
 
     1 - sᵢ = min(1, ε·(in + out)/(in·out)), with ε such that Σᵢ kᵢ = N - ⌈s·N⌉
@@ -69,12 +61,17 @@ def erdos_renyi(
     floors ask for more: rounding goes to the largest array that has room.
 
     Args:
+        paths: of the arrays; not read.
         shapes: of the arrays, such as (height, width, in, out) of a convolution.
         sparsity: s in [0, 1], read to seven decimals; may be traced.
+        scores: of the arrays; not read.
         floor: entries that every array keeps.
 
     Example:
-        >>> erdos_renyi([(3, 3, 10, 10), (100, 10)], 0.9).kept.low
+        >>> import clipjax
+        >>> clipjax.allocations.erdos_renyi(
+        ...     ["conv", "dense"], [(3, 3, 10, 10), (100, 10)], 0.9
+        ... )
         Array([117,  73], dtype=int32)
 
     Reference:
@@ -83,13 +80,19 @@ def erdos_renyi(
         Networks with Adaptive Sparse Connectivity inspired by Network Science, 2017,
         https://arxiv.org/abs/1707.04780
     """
+    del paths, scores
     ratios = [sum(s[-2:]) / max(math.prod(s[-2:]), 1) for s in shapes]
     return _proportional(shapes, np.array(ratios), sparsity, floor)
 
 
 def erdos_renyi_kernel(
-    shapes: Sequence[tuple[int, ...]], sparsity: Number, *, floor: int = 1
-) -> Budget:
+    paths: Sequence[str],
+    shapes: Sequence[tuple[int, ...]],
+    sparsity: Number,
+    scores: Sequence[Scores] | None = None,
+    *,
+    floor: int = 1,
+) -> Int[Array, " arrays"]:
     """Gives larger arrays a higher sparsity, in proportion to how wide they are.
 
     1 - sᵢ = min(1, ε·Σ_d shape_d / Π_d shape_d), with ε such that Σᵢ kᵢ = N - ⌈s·N⌉
@@ -98,18 +101,24 @@ def erdos_renyi_kernel(
     array that has room.
 
     Args:
+        paths: of the arrays; not read.
         shapes: of the arrays, such as (height, width, in, out) of a convolution.
         sparsity: s in [0, 1], read to seven decimals; may be traced.
+        scores: of the arrays; not read.
         floor: entries that every array keeps.
 
     Example:
-        >>> erdos_renyi_kernel([(300, 100), (100, 10)], 0.9).kept.low
+        >>> import clipjax
+        >>> clipjax.allocations.erdos_renyi_kernel(
+        ...     ["a", "b"], [(300, 100), (100, 10)], 0.9
+        ... )
         Array([2432,  668], dtype=int32)
 
     Reference:
         Utku Evci, Trevor Gale, Jacob Menick, Pablo Samuel Castro, Erich Elsen, Rigging
         the Lottery: Making All Tickets Winners, 2020, https://arxiv.org/abs/1911.11134
     """
+    del paths, scores
     ratios = [sum(s) / max(math.prod(s), 1) for s in shapes]
     return _proportional(shapes, np.array(ratios), sparsity, floor)
 
@@ -119,10 +128,10 @@ def _proportional(
     ratios: np.ndarray,
     sparsity: Number,
     floor: int,
-) -> Budget:
+) -> Int[Array, " arrays"]:
     """Gives every array a density in proportion to its ratio, or all of its entries."""
     check_numbers(sparsity, floor)
-    sizes = [math.prod(shape) for shape in shapes]
+    sizes = sizes_of(shapes)
     wanted = kept_of(sparsity, sum(sizes), 0)
     # Arrays saturate in the order of their ratio: try every number of dense ones.
     order = np.argsort(-ratios, kind="stable")
@@ -134,5 +143,4 @@ def _proportional(
     shares = jnp.minimum(scale * ratios.astype(np.float32), 1)
     kept = counts.floor(shares * np.array(sizes, np.float32))
     floors = counts.of([min(floor, size) for size in sizes])
-    groups = tuple(range(len(sizes)))
-    return Budget(exactly(wanted, kept, sizes, floors), groups, (0,) * len(sizes))
+    return integers(exactly(wanted, kept, sizes, floors))

@@ -1,25 +1,30 @@
 """What is sent of a gradient: compressors, for `error_feedback`.
 
-A compressor is a function of a tree's leaves, the step and the mesh axes over which the
+A compressor is a function of leaves by path, the step and the mesh axes over which the
 leaves are split.  What it leaves out it may forget: the feedback keeps it.
 """
 
-from collections.abc import Callable, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Inexact, Int, Key
 
-from .. import norms
+from .. import masks, norms
 from .._core import checks as check, sharding, trees
 from .._core.types import AxisName, Number, Schedule
 from ..allocations import Allocation, uniform
+from ..allocations._budget import Scores
 from ..patterns import Unstructured
 from ..selection._keys import Magnitude
 
-Compressor = Callable[[Sequence[Array], Array, AxisName], list[Array]]
-"""From a tree's leaves to what is sent of them: `top_k(0.99)`, `sign`, or your own.
+Leaves = Mapping[str, Array]
+
+Compressor = Callable[[Leaves, Array, AxisName], dict[str, Array]]
+"""From leaves by path to what is sent of them: `top_k(0.99)`, `sign`, or your own.
 
 Called as `compress(leaves, step, axis_name)`: with leaves that are finite, not empty,
 and in float32 or wider; the number of compressions before this one; and the mesh axes
@@ -41,12 +46,14 @@ def top_k(
             value or a schedule.
         allocation: how leaves share it, from `allocations`: by default each leaf sends
             its own share, and one entry at least; `allocations.global_` compares the
-            entries of all leaves.  Not by path: a compressor sees none.
+            entries of all leaves.
 
     Example:
-        >>> compress = top_k(0.75)
-        >>> compress([jnp.array([1.0, -3.0, 2.0, 0.5])], jnp.int32(0))
-        [Array([ 0., -3.,  0.,  0.], dtype=float32)]
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> compress = clipjax.compression.top_k(0.75)
+        >>> compress({"w": jnp.array([1.0, -3.0, 2.0, 0.5])}, jnp.int32(0))
+        {'w': Array([ 0., -3.,  0.,  0.], dtype=float32)}
 
     Reference:
         Sebastian U. Stich, Jean-Baptiste Cordonnier, Martin Jaggi, Sparsified SGD with
@@ -56,7 +63,7 @@ def top_k(
     check.function(allocation=allocation)
 
     def compress(leaves, step, axis_name=None):
-        scored = [Magnitude(x) for x in leaves]
+        scored = {p: Magnitude(x) for p, x in leaves.items()}
         return _marked(leaves, scored, sparsity, step, allocation, axis_name)
 
     return compress
@@ -77,11 +84,15 @@ def random_k(
         sparsity: s in [0, 1], the share of zeros in what is sent; a number, a traced
             value or a schedule.
         key: of `jax.random.key`.
-        allocation: how leaves share the sparsity, from `allocations`; not by path.
+        allocation: how leaves share the sparsity, from `allocations`.
 
     Example:
-        >>> compress = random_k(0.75, jax.random.key(0))
-        >>> sent = [compress([jnp.ones(8)], jnp.int32(step))[0] for step in range(2)]
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> compress = clipjax.compression.random_k(0.75, jax.random.key(0))
+        >>> leaves = {"w": jnp.ones(8)}
+        >>> sent = [compress(leaves, jnp.int32(step))["w"] for step in range(2)]
         >>> [int(x.sum()) for x in sent], bool((sent[0] == sent[1]).all())
         ([2, 2], False)
 
@@ -94,8 +105,8 @@ def random_k(
 
     def compress(leaves, step, axis_name=None):
         now = jax.random.fold_in(key, step)
-        keys = [jax.random.fold_in(now, i) for i in range(len(leaves))]
-        scored = [noise(k, x, axis_name) for k, x in zip(keys, leaves, strict=True)]
+        keys = {p: jax.random.fold_in(now, i) for i, p in enumerate(leaves)}
+        scored = {p: noise(keys[p], x, axis_name) for p, x in leaves.items()}
         return _marked(leaves, scored, sparsity, step, allocation, axis_name)
 
     def noise(key, x, axis_name):
@@ -106,10 +117,10 @@ def random_k(
 
 
 def sign(
-    leaves: Sequence[Inexact[Array, "..."]],
+    leaves: Mapping[str, Inexact[Array, "..."]],
     step: Int[Array, ""] | int = 0,
     axis_name: AxisName = None,
-) -> list[Array]:
+) -> dict[str, Array]:
     """Sends of every leaf the signs and one number, the mean magnitude.
 
     C(x) = ‖x‖₁/n · sign(x) for a leaf of n entries
@@ -117,13 +128,15 @@ def sign(
     An entry that is zero sends zero.
 
     Args:
-        leaves: arrays of any shape, none of them empty.
+        leaves: by path, arrays of any shape, none of them empty.
         step: not used.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> sign([jnp.array([1.0, -2.0, 6.0])])
-        [Array([ 3., -3.,  3.], dtype=float32)]
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.compression.sign({"w": jnp.array([1.0, -2.0, 6.0])})
+        {'w': Array([ 3., -3.,  3.], dtype=float32)}
 
     Reference:
         Sai Praneeth Karimireddy, Quentin Rebjock, Sebastian U. Stich, Martin Jaggi,
@@ -131,24 +144,26 @@ def sign(
         https://arxiv.org/abs/1901.09847
     """
     del step
-    return [jnp.sign(x) * _mean_magnitude(x, axis_name).astype(x.dtype) for x in leaves]
+    return {
+        p: jnp.sign(x) * _mean_magnitude(x, axis_name).astype(x.dtype)
+        for p, x in leaves.items()
+    }
 
 
 def _marked(
-    leaves: Sequence[Array],
-    scored: Sequence[Array | Magnitude],
+    leaves: Leaves,
+    scored: Mapping[str, Scores],
     sparsity: Number | Schedule,
     step: Int[Array, ""],
     allocation: Allocation,
     axis_name: AxisName,
-) -> list[Array]:
+) -> dict[str, Array]:
     """Returns the leaves with zeros wherever the scores are too low."""
     share = jnp.clip(trees.value_at(sparsity, step), 0, 1)
     marks = Unstructured().masks(
         scored, share, allocation=allocation, axis_name=axis_name
     )
-    zeros = map(jnp.zeros_like, leaves)
-    return [jnp.where(*parts) for parts in zip(marks, leaves, zeros, strict=True)]
+    return {p: masks.apply(marks[p], x) for p, x in leaves.items()}
 
 
 def _mean_magnitude(x: Array, axis_name: AxisName) -> Float[Array, ""]:

@@ -1,5 +1,7 @@
 """When masks of latent weights are made, and of what."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -9,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from .. import masks, patterns
+from .. import masks
 from .._core import checks as check, sharding, trees
 from .._core.types import AxisName, Number, Schedule
 from .._sparsity._ranked import check_score, check_sees_gradients, scored
@@ -25,6 +27,7 @@ from .._sparsity._store import (
 )
 from ..allocations import Allocation
 from ..patterns import Pattern, PatternByPath
+from ..patterns._by_path import marks
 from ..scores import Score, Tracked, magnitude
 from ..selection._keys import Magnitude
 from ._reparametrizations import Identity, Power, Reparametrization
@@ -194,7 +197,7 @@ class Masking:
     def _selected(
         self, scored: Scores, weights: Leaves, share: Float[Array, ""]
     ) -> Leaves:
-        return patterns.marks(
+        return marks(
             scored,
             weights,
             share,

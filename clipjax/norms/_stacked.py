@@ -4,6 +4,8 @@ So that all but the reading of an array is written once, and not once an array: 
 compiler, and whoever reads what it made, meets a leaf three times and not thirty.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -85,25 +87,37 @@ def euclidean(
     Stacked like others, which they are to be compared with, they are not repaired.
     """
     over = _over(leaves, axis_name) if axis_name else {}
-    paths: list[tuple[str, ...]] = []
 
     def squares(scales=None):
-        each = {p: _squares(x, axes[p], scales) for p, x in leaves.items()}
-        stacks = stacked(each, over, like)
-        paths[:] = [stack.paths for stack in stacks]
-        return merged([_added(s.values, over.get(s.paths[0])) for s in stacks])
+        each = {}
+        for path, leaf in leaves.items():
+            x = trees.wide(leaf)
+            if scales is not None:
+                x = x * scales[str(jnp.finfo(x.dtype).dtype)].astype(x.dtype)
+            x = square(x)
+            each[path] = jnp.sum(x, axes[path], keepdims=axes[path] is not None)
+        result = stacked(each, over, like)
+        if over:
+            pairs = ((s, over[s.paths[0]]) for s in result)
+            result = [
+                Stack(s.paths, lax.psum(s.values, n) if n else s.values)
+                for s, n in pairs
+            ]
+        return result
 
-    sums, split = squares()
-    values = [root(x) for x in sums]
+    sums = squares()
+    values, split = merged([stack.values for stack in sums])
+    values = [root(x) for x in values]
     if values and repaired and like is None:
         names = tuple(dict.fromkeys(name for own in over.values() for name in own))
-        values = _repaired(values, lambda scales: squares(scales)[0], names)
-    return [Stack(*pair) for pair in zip(paths, split(values), strict=True)]
+        values = _repaired(values, squares, names)
+    pairs = zip(sums, split(values), strict=True)
+    return [Stack(stack.paths, x) for stack, x in pairs]
 
 
 def _repaired(
     plain: list[Array],
-    again: Callable[[dict[str, Array]], list[Array]],
+    squares: Callable[[dict[str, Array]], list[Stack]],
     names: tuple[str, ...],
 ) -> list[Array]:
     """Replaces the norms whose squares left the range, if there are any."""
@@ -112,8 +126,9 @@ def _repaired(
     is_high = [~(peak <= own.high) for peak, own in zip(peaks, ranges, strict=True)]
     is_seen = [peak >= own.low for peak, own in zip(peaks, ranges, strict=True)]
     flags = jnp.stack([jnp.any(jnp.stack(flag)) for flag in (is_high, is_seen)])
-    # All devices have to take the same branch, since there are sums over them in it.
-    too_large, seen = sharding.over(lax.pmax, flags.astype(jnp.int32), flags, names) > 0
+    if names:  # all devices have to take the same branch: there are sums in it
+        flags = sharding.over(lax.pmax, flags.astype(jnp.int32), flags, names) > 0
+    too_large, seen = flags
 
     def repair():
         scales = {
@@ -121,7 +136,8 @@ def _repaired(
             for name, own in _RANGES.items()
             if any(str(norm.dtype) == name for norm in plain)
         }
-        scaled = [root(x) / scales[str(x.dtype)] for x in again(scales)]
+        again, _ = merged([stack.values for stack in squares(scales)])
+        scaled = [root(x) / scales[str(x.dtype)] for x in again]
         return [
             jnp.where(too_large & (old <= own.high), old, new)
             for old, new, own in zip(plain, scaled, ranges, strict=True)
@@ -137,9 +153,11 @@ def merged(
 
     Not on a mesh, where a part could lie on several devices.
     """
+    if len(values) < 2:
+        return values, list
     kinds = {(str(x.dtype), sharding.differing_axes(x)) for x in values}
-    if len(values) < 2 or len(kinds) > 1 or any(map(sharding.is_partitioned, values)):
-        return values, lambda same: same
+    if len(kinds) > 1 or any(map(sharding.is_partitioned, values)):
+        return values, list
 
     def split(one):
         (vector,) = one
@@ -160,7 +178,7 @@ def pooled(
     peak = jnp.max(norms, axes, keepdims=True, initial=0, where=where)
     unit = trees.power_of_two(lax.pmax(peak, over) if over else peak)
     squares = jnp.sum(jnp.square(norms / unit), axes, keepdims=True, where=where)
-    norm = unit * root(_added(squares, over))
+    norm = unit * root(_added(squares, over) if over else squares)
     kept = range(norm.ndim) if axes is None else axes
     return lax.squeeze(norm, tuple(axis % norm.ndim for axis in kept))
 
@@ -169,7 +187,7 @@ def largest(
     norms: Float[Array, "..."],
     axes: tuple[int, ...] | None = None,
     over: tuple[str, ...] = (),
-    where: Array | bool = True,
+    where: Array | None = None,
 ) -> Float[Array, "..."]:
     """Returns the largest of several norms, NaN where one is."""
     peak = jnp.max(norms, axes, initial=0, where=where)
@@ -261,15 +279,6 @@ def num_entries(x: Array, axes: tuple[int, ...] | None, axis_name: AxisName) -> 
     return math.prod(lengths) * (sharding.blocks(x, axis_name) if axis_name else 1)
 
 
-def _squares(
-    x: Array, axes: tuple[int, ...] | None, scales: dict[str, Array] | None
-) -> Array:
-    x = trees.wide(x)
-    if scales is not None:
-        x = x * scales[str(jnp.finfo(x.dtype).dtype)].astype(x.dtype)
-    return jnp.sum(square(x), axes, keepdims=axes is not None)
-
-
 def _over(
     leaves: Leaves, axis_name: AxisName | Mapping[str, AxisName]
 ) -> dict[str, tuple[str, ...]]:
@@ -282,5 +291,5 @@ def _over(
     return {path: sharding.axes_of(x, named[path]) for path, x in leaves.items()}
 
 
-def _added(squares: Array, names: tuple[str, ...] | None) -> Array:
+def _added(squares: Array, names: tuple[str, ...]) -> Array:
     return lax.psum(squares, names) if names else squares

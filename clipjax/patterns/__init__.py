@@ -1,9 +1,18 @@
 """In what shape zeros come: from scores and a sparsity to masks.
 
-A pattern is a frozen value with one method, `masks`; `sparsify` calls it with the
-scores of all leaves together, so that a pattern may compare them.  Where a network
-needs several patterns, a function of path and leaf takes the place of the pattern, and
-the leaves of each pattern share the sparsity among themselves.
+| you want to keep ...                          | use                                  |
+| --------------------------------------------- | ------------------------------------ |
+| any entries (the default)                     | `Unstructured`                       |
+| n of every m neighbors                        | `NofM`                               |
+| whole tiles                                   | `Blocks`                             |
+| whole neurons or filters                      | `Channels`                           |
+| the same number of inputs for every output    | `FanIn`                              |
+| one of these inside another                   | `Combined`                           |
+
+A pattern is a frozen value with one method, `masks`, which gets the scores of all
+leaves by path and may compare them.  Where a network needs several patterns, pass a
+function of path and leaf; the leaves of each pattern then share the sparsity among
+themselves.
 
 Inside `jax.shard_map`, `NofM` and `Blocks` need groups and blocks that lie on one
 device, and `Channels` and `FanIn` refuse a leaf that is split.  Under `jax.jit` all are
@@ -11,12 +20,12 @@ right on any mesh.
 """
 
 from ._blocks import Blocks
-from ._by_path import PatternByPath, marks
+from ._by_path import PatternByPath
 from ._channels import Channels
 from ._combined import Combined
 from ._fan_in import FanIn
 from ._n_of_m import NofM
-from ._pattern import Pattern, Scores
+from ._pattern import Pattern
 from ._pools import l2, max, mean
 from ._unstructured import Unstructured
 
@@ -28,10 +37,8 @@ __all__ = [
     "NofM",
     "Pattern",
     "PatternByPath",
-    "Scores",
     "Unstructured",
     "l2",
-    "marks",
     "max",
     "mean",
 ]

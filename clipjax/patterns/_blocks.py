@@ -1,7 +1,9 @@
 """Whole blocks of a grid over some axes."""
 
+from __future__ import annotations
+
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -10,7 +12,8 @@ from .. import masks
 from .._core import checks as check
 from .._core.types import AxisName, Number
 from ..allocations import Allocation
-from ._pattern import Scores, axis_of, best, is_whole, written
+from ..allocations._budget import Scores, written
+from ._pattern import Masks, axis_of, best, is_whole
 from ._pools import mean
 
 Pool = Callable[[Float[Array, "..."], tuple[int, ...]], Float[Array, "..."]]
@@ -33,10 +36,12 @@ class Blocks:
             stays dense, and is not counted; otherwise it is refused.
 
     Example:
-        >>> from clipjax import allocations
-        >>> scores = [jnp.array([[3.0, 1.0, 2.0, 2.0, 9.0, 0.0]])]
-        >>> blocks = Blocks((2,), axes=(-1,))
-        >>> blocks.masks(scores, 2 / 3, allocation=allocations.uniform)[0].astype(int)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> scores = {"kernel": jnp.array([[3.0, 1.0, 2.0, 2.0, 9.0, 0.0]])}
+        >>> pairs = clipjax.patterns.Blocks((2,), axes=(-1,))
+        >>> masks = pairs.masks(scores, 2 / 3, allocation=clipjax.allocations.uniform)
+        >>> masks["kernel"].astype(int)
         Array([[0, 0, 0, 0, 1, 1]], dtype=int32)
 
     Reference:
@@ -61,25 +66,21 @@ class Blocks:
 
     def masks(
         self,
-        scores: Sequence[Scores],
+        scores: Mapping[str, Scores],
         sparsity: Number,
         *,
         allocation: Allocation,
         axis_name: AxisName = None,
-    ) -> list[Bool[Array, "..."]]:
+    ) -> Masks:
         """Marks what stays; arguments as for `Unstructured.masks`."""
-        arrays = [written(x) for x in scores]
-        lengths = [self._lengths(x) for x in arrays]
-        nothing = jnp.zeros(0, jnp.float32)  # in the place of a leaf that stays dense
-        pooled = [
-            self._pooled(x, own) if own else nothing
-            for x, own in zip(arrays, lengths, strict=True)
-        ]
+        arrays = {p: written(x) for p, x in scores.items()}
+        lengths = {p: self._lengths(x) for p, x in arrays.items()}
+        pooled = {p: self._pooled(arrays[p], own) for p, own in lengths.items() if own}
         kept = best(pooled, sparsity, allocation=allocation, axis_name=axis_name)
-        return [
-            _spread(mask, x, own) if own else masks.full(x)
-            for mask, x, own in zip(kept, arrays, lengths, strict=True)
-        ]
+        return {
+            p: _spread(kept[p], x, lengths[p]) if lengths[p] else masks.full(x)
+            for p, x in arrays.items()
+        }
 
     def _lengths(self, scores: Float[Array, "..."]) -> tuple[int, ...]:
         """Returns how long a block is along every axis; nothing for a dense leaf."""

@@ -1,13 +1,15 @@
 """Several patterns in one model: which leaf has which is told by its path."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 
-from jaxtyping import Array, Bool
+from jaxtyping import Array
 
-from .. import allocations
 from .._core.types import AxisName, Number
 from ..allocations import Allocation
-from ._pattern import Pattern, Scores, written
+from ..allocations._budget import Scores, written
+from ._pattern import Masks, Pattern
 from ._unstructured import Unstructured
 
 PatternByPath = Callable[[str, Array], Pattern]
@@ -22,7 +24,7 @@ def marks(
     pattern: Pattern | PatternByPath,
     allocation: Allocation,
     axis_name: AxisName = None,
-) -> dict[str, Bool[Array, "..."]]:
+) -> Masks:
     """Marks what stays in each leaf, by path.
 
     The leaves of one pattern share the sparsity among themselves: each pattern meets
@@ -38,35 +40,33 @@ def marks(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from clipjax.allocations import uniform
-        >>> from clipjax.patterns import NofM
+        >>> import clipjax
+        >>> from clipjax.patterns._by_path import marks
         >>> scores = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([3.0, 4.0])}
-        >>> own = lambda path, leaf: NofM(2, 2) if path == "a" else Unstructured()
-        >>> marks(scores, scores, 0.5, pattern=own, allocation=uniform)
+        >>> own = lambda path, leaf: (
+        ...     clipjax.patterns.NofM(2, 2)
+        ...     if path == "a"
+        ...     else clipjax.patterns.Unstructured()
+        ... )
+        >>> marks(
+        ...     scores, scores, 0.5, pattern=own, allocation=clipjax.allocations.uniform
+        ... )
         {'a': Array([ True,  True], dtype=bool), 'b': Array([False,  True], dtype=bool)}
     """
-    groups: list[tuple[Pattern, list[str]]] = []
-    for path in scores:
+    groups: list[tuple[Pattern, dict[str, Scores]]] = []
+    for path, score in scores.items():
         own = pattern if isinstance(pattern, Pattern) else pattern(path, leaves[path])
         if not isinstance(own, Pattern):
             raise TypeError(
                 f"pattern must return a value with a method `masks`, but at {path!r} it"
                 f" returned {own!r}."
             )
-        paths = next((paths for known, paths in groups if known == own), None)
-        if paths is None:
-            groups.append((own, [path]))
-        else:
-            paths.append(path)
-    result = {}
-    for own, paths in groups:
+        if not any(known == own for known, _ in groups):
+            groups.append((own, {}))
         # Magnitudes are spared the way through memory where a pattern can rank them.
-        takes = isinstance(own, Unstructured)
-        kept = own.masks(
-            [scores[path] if takes else written(scores[path]) for path in paths],
-            sparsity,
-            allocation=allocations.at_paths(allocation, paths),
-            axis_name=axis_name,
-        )
-        result |= dict(zip(paths, kept, strict=True))
+        score = score if isinstance(own, Unstructured) else written(score)
+        next(same for known, same in groups if known == own)[path] = score
+    result = {}
+    for own, same in groups:
+        result |= own.masks(same, sparsity, allocation=allocation, axis_name=axis_name)
     return {path: result[path] for path in scores}

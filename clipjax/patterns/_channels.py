@@ -1,17 +1,19 @@
 """Whole units of a layer."""
 
+from __future__ import annotations
+
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
 
 from .. import masks
 from .._core import checks as check
 from .._core.types import AxisName, Number
 from ..allocations import Allocation
+from ..allocations._budget import Scores, written
 from ._blocks import Pool
-from ._pattern import Scores, axis_of, best, refuse_split, written
+from ._pattern import Masks, axis_of, best, refuse_split
 from ._pools import l2
 
 
@@ -30,10 +32,13 @@ class Channels:
             that keeps the axes with length 1.  What is not finite spoils its unit.
 
     Example:
-        >>> from clipjax import allocations
-        >>> scores = [jnp.array([[3.0, 1.0, 2.0], [0.0, 1.0, 3.0]])]
-        >>> units = Channels().masks(scores, 2 / 3, allocation=allocations.uniform)
-        >>> units[0].astype(int)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> scores = {"kernel": jnp.array([[3.0, 1.0, 2.0], [0.0, 1.0, 3.0]])}
+        >>> masks = clipjax.patterns.Channels().masks(
+        ...     scores, 2 / 3, allocation=clipjax.allocations.uniform
+        ... )
+        >>> masks["kernel"].astype(int)
         Array([[0, 0, 1],
                [0, 0, 1]], dtype=int32)
 
@@ -50,22 +55,22 @@ class Channels:
 
     def masks(
         self,
-        scores: Sequence[Scores],
+        scores: Mapping[str, Scores],
         sparsity: Number,
         *,
         allocation: Allocation,
         axis_name: AxisName = None,
-    ) -> list[Bool[Array, "..."]]:
+    ) -> Masks:
         """Marks what stays; arguments as for `Unstructured.masks`."""
-        arrays = [written(x) for x in scores]
-        pooled, others = [], []
-        for x in arrays:
+        arrays = {p: written(x) for p, x in scores.items()}
+        pooled, others = {}, {}
+        for path, x in arrays.items():
             refuse_split(self, x, axis_name)
             axis = axis_of(self, self.axis, x)
-            others.append(tuple(i for i in range(x.ndim) if i != axis))
-            pooled.append(jnp.squeeze(self.pool(x, others[-1]), others[-1]))
+            others[path] = tuple(i for i in range(x.ndim) if i != axis)
+            pooled[path] = jnp.squeeze(self.pool(x, others[path]), others[path])
         kept = best(pooled, sparsity, allocation=allocation, axis_name=axis_name)
-        return [
-            jnp.expand_dims(mask, axes) & masks.full(x)
-            for mask, axes, x in zip(kept, others, arrays, strict=True)
-        ]
+        return {
+            p: jnp.expand_dims(kept[p], others[p]) & masks.full(x)
+            for p, x in arrays.items()
+        }

@@ -1,15 +1,17 @@
 """One pattern inside what another keeps."""
 
+from __future__ import annotations
+
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
 
 from .._core import checks as check
 from .._core.types import AxisName, Number
 from ..allocations import Allocation
-from ._pattern import Pattern, Scores, written
+from ..allocations._budget import Scores, written
+from ._pattern import Masks, Pattern
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +30,16 @@ class Combined:
             never exceeds.
 
     Example:
-        >>> from clipjax import allocations
-        >>> from clipjax.patterns import Channels, NofM
-        >>> scores = [jnp.array([[3.0, 1.0], [2.0, 1.0], [5.0, 4.0], [6.0, 1.0]])]
-        >>> both = Combined(Channels(), NofM(2, 4, axis=0))
-        >>> both.masks(scores, 0.5, allocation=allocations.uniform)[0].astype(int)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> weights = jnp.array([[3.0, 1.0], [2.0, 1.0], [5.0, 4.0], [6.0, 1.0]])
+        >>> both = clipjax.patterns.Combined(
+        ...     clipjax.patterns.Channels(), clipjax.patterns.NofM(2, 4, axis=0)
+        ... )
+        >>> masks = both.masks(
+        ...     {"w": weights}, 0.5, allocation=clipjax.allocations.uniform
+        ... )
+        >>> masks["w"].astype(int)
         Array([[0, 0],
                [0, 0],
                [1, 0],
@@ -50,25 +57,25 @@ class Combined:
 
     def masks(
         self,
-        scores: Sequence[Scores],
+        scores: Mapping[str, Scores],
         sparsity: Number,
         *,
         allocation: Allocation,
         axis_name: AxisName = None,
-    ) -> list[Bool[Array, "..."]]:
+    ) -> Masks:
         """Marks what stays; arguments as for `Unstructured.masks`."""
-        arrays = [written(x) for x in scores]
+        arrays = {p: written(x) for p, x in scores.items()}
         first = jnp.asarray(sparsity, jnp.float32)
         if self.outer_sparsity is not None:
             first = jnp.minimum(first, jnp.asarray(self.outer_sparsity, jnp.float32))
         outer = self.outer.masks(
             arrays, first, allocation=allocation, axis_name=axis_name
         )
-        left = [
-            jnp.where(mask, x, jnp.asarray(jnp.nan, x.dtype))
-            for mask, x in zip(outer, arrays, strict=True)
-        ]
+        left = {
+            p: jnp.where(outer[p], x, jnp.asarray(jnp.nan, x.dtype))
+            for p, x in arrays.items()
+        }
         inner = self.inner.masks(
             left, sparsity, allocation=allocation, axis_name=axis_name
         )
-        return [a & b for a, b in zip(outer, inner, strict=True)]
+        return {p: outer[p] & inner[p] for p in arrays}

@@ -1,18 +1,22 @@
 """The same number of entries in every unit."""
 
+from __future__ import annotations
+
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from .. import allocations
 from .._core.types import AxisName, Number
 from ..allocations import Allocation
+from ..allocations._budget import Scores, written
+from ..allocations._compared import numbers
 from ..selection import _keys as ranking
-from ..selection._counts import Count
-from ._pattern import Scores, axis_of, refuse_split, whole_shape, written
+from ._pattern import Masks, axis_of, refuse_split, whole_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,18 +25,21 @@ class FanIn:
 
     k = ⌊K/units⌋ entries of each, one at least, where the allocation gives the leaf K
 
-    Of equal scores the first stays.  Found by counting, for all units at once: on a
-    mesh, two small all-reduces for each bit.  An allocation that lets the entries of
-    different leaves compete has no K for each, and is refused.
+    Of equal scores the first stays.  Found by counting, for all units and leaves at
+    once: on a mesh, a small all-reduce for each bit.
 
     Args:
         axis: along which units are counted; the default is Flax's axis of outputs, of
             which each then has the same number of inputs.
 
     Example:
-        >>> from clipjax import allocations
-        >>> scores = [jnp.array([[3.0, 1.0], [9.0, 2.0], [8.0, 2.0], [0.0, 0.5]])]
-        >>> FanIn().masks(scores, 0.5, allocation=allocations.uniform)[0].astype(int)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> weights = jnp.array([[3.0, 1.0], [9.0, 2.0], [8.0, 2.0], [0.0, 0.5]])
+        >>> masks = clipjax.patterns.FanIn().masks(
+        ...     {"w": weights}, 0.5, allocation=clipjax.allocations.uniform
+        ... )
+        >>> masks["w"].astype(int)
         Array([[0, 0],
                [1, 1],
                [1, 1],
@@ -47,81 +54,98 @@ class FanIn:
 
     def masks(
         self,
-        scores: Sequence[Scores],
+        scores: Mapping[str, Scores],
         sparsity: Number,
         *,
         allocation: Allocation,
         axis_name: AxisName = None,
-    ) -> list[Bool[Array, "..."]]:
+    ) -> Masks:
         """Marks what stays; arguments as for `Unstructured.masks`."""
-        arrays = [written(x) for x in scores]
+        paths, arrays = list(scores), [written(x) for x in scores.values()]
         if not arrays:
-            return []
+            return {}
         for x in arrays:
             refuse_split(self, x, axis_name)
-        shapes = [whole_shape(x, axis_name) for x in arrays]
-        _, budget = allocations.allot(
-            allocation, arrays, shapes, sparsity, axis_name=axis_name
-        )
-        if len(set(budget.groups)) < len(budget.groups):
-            raise ValueError(
-                f"{self} needs to know how many entries each leaf keeps, but allocation"
-                " lets leaves compete. Use `allocations.uniform`,"
-                " `allocations.erdos_renyi` or `allocations.lamp`."
-            )
-        result = []
-        for x, group in zip(arrays, budget.groups, strict=True):
-            axis = axis_of(self, self.axis, x)
-            number = _divided(budget.kept.at(group), max(x.shape[axis], 1))
-            others = tuple(i for i in range(x.ndim) if i != axis)
-            result.append(_best_of_each(x, number, others))
-        return result
+        axes = [axis_of(self, self.axis, x) for x in arrays]
+        units = [max(x.shape[axis], 1) for x, axis in zip(arrays, axes, strict=True)]
+        shapes = whole_shapes(arrays, axis_name)
+        kept = numbers(allocation, paths, shapes, sparsity, arrays, axis_name)
+        each = jnp.maximum(kept // np.asarray(units, np.int32), jnp.minimum(kept, 1))
+        marks = _best_of_each(arrays, each, axes)
+        return dict(zip(paths, marks, strict=True))
 
 
-def _divided(kept: Count, units: int) -> Int[Array, ""]:
-    """Returns ⌊kept/units⌋, by long division, eight bits at a time; 1 for less."""
-    result, rest = kept.high // units, kept.high % units
-    for digits in (kept.low >> 8, kept.low & 255):
-        rest = rest * 256 + digits
-        result, rest = result * 256 + rest // units, rest % units
-    return jnp.maximum(result, jnp.minimum(kept.high + kept.low, 1))
+class _Ends(NamedTuple):
+    """In every unit: low ≤ its threshold < high, and likewise the place among ties."""
+
+    low: Int[Array, "..."]
+    high: Int[Array, "..."]
+    first: Int[Array, "..."]
+    last: Int[Array, "..."]
 
 
 def _best_of_each(
-    scores: Float[Array, "..."], number: Int[Array, ""], axes: tuple[int, ...]
-) -> Bool[Array, "..."]:
-    """Marks the `number` highest scores over some axes, for every place on the others.
+    scores: list[Float[Array, "..."]], kept: Int[Array, " arrays"], axes: list[int]
+) -> list[Bool[Array, "..."]]:
+    """Marks the highest scores of every unit, as many in each unit of one array.
 
-    The highest threshold that so many reach is found by halving; then, likewise, up to
-    which place those that are equal to it count.
+    The highest threshold that so many reach is found by halving, and then up to which
+    place those that are equal to it count: in one loop for all arrays.
     """
-    is_double = scores.dtype == jnp.float64
-    keys = ranking.key_of(scores, jnp.int64 if is_double else jnp.int32)
+    is_double = any(x.dtype == jnp.float64 for x in scores)
+    keys = [ranking.key_of(x, jnp.int64 if is_double else jnp.int32) for x in scores]
+    arrays = list(zip(keys, kept, axes, strict=True))
+    by_value = jnp.iinfo(keys[0].dtype).bits
+    by_place = max(key.size for key in keys).bit_length() + 1
 
-    def count(marked):
-        return jnp.sum(marked, axes, dtype=jnp.int32, keepdims=True)
+    def halve(step, ends):
+        return [
+            _halved(step < by_value, own, *array)
+            for own, array in zip(ends, arrays, strict=True)
+        ]
 
-    end = jnp.iinfo(keys.dtype).max
-    none = count(keys != keys)  # lies on a mesh as the units do
-    zero = none.astype(keys.dtype)
-    least = _last(lambda key: count(keys >= key) >= number, zero - end, zero + end)
-    left = number - count(keys > least)
-    tied, place = keys == least, ranking.places(keys, None)
-    before = _last(
-        lambda end: count(tied & (place < end)) <= left, none, none + scores.size + 1
+    ends = [_whole(key, axis) for key, _, axis in arrays]
+    ends = lax.fori_loop(0, by_value + by_place, halve, ends)
+    return [_ahead(key, x.low, x.first) for key, x in zip(keys, ends, strict=True)]
+
+
+def _whole(key: Int[Array, "..."], axis: int) -> _Ends:
+    """Returns the ends between which all keys and places lie."""
+    none = _count(key != key, axis)  # lies on a mesh as the units do
+    zero, end = none.astype(key.dtype), jnp.iinfo(key.dtype).max
+    return _Ends(zero - end, zero + end, none, none + key.size + 1)
+
+
+def _halved(
+    by_value: Bool[Array, ""],
+    ends: _Ends,
+    key: Int[Array, "..."],
+    kept: Int[Array, ""],
+    axis: int,
+) -> _Ends:
+    """Brings the ends closer: those of values, or later those of places."""
+    low, high, first, last = ends
+    value = jnp.where(by_value, _middle(low, high), low)
+    place = jnp.where(by_value, last, _middle(first, last))
+    reach = _count(_ahead(key, value, place), axis)
+    up = jnp.where(by_value, reach >= kept, reach <= kept)
+    return _Ends(
+        jnp.where(by_value & up, value, low),
+        jnp.where(by_value & ~up, value, high),
+        jnp.where(up & ~by_value, place, first),
+        jnp.where(~up & ~by_value, place, last),
     )
-    return ((keys > least) | (tied & (place < before))) & (number > 0)
 
 
-def _last(
-    holds: Callable[[Array], Array], low: Int[Array, "..."], high: Int[Array, "..."]
-) -> Int[Array, "..."]:
-    """Returns the last integer from `low` to below `high` for which it still holds."""
+def _ahead(key: Int[Array, "..."], value: Array, place: Array) -> Bool[Array, "..."]:
+    """Marks what is above a value, and what is equal to it and before a place."""
+    return (key > value) | ((key == value) & (ranking.places(key, None) < place))
 
-    def halve(_, ends):
-        low, high = ends
-        middle = (low & high) + ((low ^ high) >> 1)  # a sum of both might not fit
-        up = holds(middle)
-        return jnp.where(up, middle, low), jnp.where(up, high, middle)
 
-    return lax.fori_loop(0, jnp.iinfo(low.dtype).bits, halve, (low, high))[0]
+def _count(marked: Bool[Array, "..."], axis: int) -> Int[Array, "..."]:
+    others = tuple(i for i in range(marked.ndim) if i != axis)
+    return jnp.sum(marked, others, dtype=jnp.int32, keepdims=True)
+
+
+def _middle(low: Array, high: Array) -> Array:
+    return (low & high) + ((low ^ high) >> 1)  # a sum of both might not fit

@@ -1,7 +1,9 @@
 """A fixed number of entries in every few neighbors."""
 
+from __future__ import annotations
+
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -10,8 +12,9 @@ from .. import masks
 from .._core import checks as check
 from .._core.types import AxisName, Number
 from ..allocations import Allocation
+from ..allocations._budget import Scores, written
 from ..selection import _keys as ranking
-from ._pattern import Scores, axis_of, is_whole, written
+from ._pattern import Masks, axis_of, is_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +35,13 @@ class NofM:
             otherwise it is refused.
 
     Example:
-        >>> from clipjax import allocations
-        >>> scores = [jnp.array([3.0, 1.0, 2.0, 2.0, 0.0, 0.0, 0.0, 9.0])]
-        >>> NofM(2, 4).masks(scores, 0.5, allocation=allocations.uniform)[0].astype(int)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> scores = {"kernel": jnp.array([3.0, 1.0, 2.0, 2.0, 0.0, 0.0, 0.0, 9.0])}
+        >>> masks = clipjax.patterns.NofM(2, 4).masks(
+        ...     scores, 0.5, allocation=clipjax.allocations.uniform
+        ... )
+        >>> masks["kernel"].astype(int)
         Array([1, 0, 1, 0, 1, 0, 0, 1], dtype=int32)
 
     Reference:
@@ -55,16 +62,16 @@ class NofM:
 
     def masks(
         self,
-        scores: Sequence[Scores],
+        scores: Mapping[str, Scores],
         sparsity: Number,
         *,
         allocation: Allocation,
         axis_name: AxisName = None,
-    ) -> list[Bool[Array, "..."]]:
+    ) -> Masks:
         """Marks what stays; arguments as for `Unstructured.masks`."""
         del allocation, axis_name
         dense = jnp.asarray(sparsity) == 0
-        return [self._mask(written(x)) | dense for x in scores]
+        return {p: self._mask(written(x)) | dense for p, x in scores.items()}
 
     def _mask(self, scores: Float[Array, "..."]) -> Bool[Array, "..."]:
         axis = axis_of(self, self.axis, scores)

@@ -1,66 +1,64 @@
 """What a pattern is, and what all patterns do with scores."""
 
-from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from __future__ import annotations
 
-import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from collections.abc import Iterable, Mapping
+from typing import Protocol, runtime_checkable
 
-from .. import allocations, selection
+from jaxtyping import Array, Bool
+
+from .. import selection
 from .._core import sharding
 from .._core.types import AxisName, Number
 from ..allocations import Allocation
+from ..allocations._budget import Scores
+from ..allocations._compared import grouped
 from ..selection._keys import Magnitude
 
-Scores = Float[Array, "..."] | Magnitude
-"""The scores of one leaf, the highest to keep."""
+Masks = dict[str, Bool[Array, "..."]]
+"""Of every leaf, by path, what stays."""
 
 
 @runtime_checkable
 class Pattern(Protocol):
-    """What a pattern has to offer."""
+    """The method of a pattern."""
 
     def masks(
         self,
-        scores: Sequence[Any],
+        scores: Mapping[str, Scores],
         sparsity: Number,
         *,
         allocation: Allocation,
         axis_name: AxisName = None,
-    ) -> list[Bool[Array, "..."]]:
+    ) -> Masks:
         """Marks what stays; see `Unstructured.masks`."""
         ...
 
 
 def best(
-    scores: Sequence[Scores],
+    scores: Mapping[str, Scores],
     sparsity: Number,
     *,
     allocation: Allocation,
     axis_name: AxisName,
-) -> list[Bool[Array, "..."]]:
+) -> Masks:
     """Marks the highest scores, as many as the allocation says."""
     if not scores:
-        return []
-    shapes = [whole_shape(x, axis_name) for x in scores]
-    weighed, budget = allocations.allot(
-        allocation, scores, shapes, sparsity, axis_name=axis_name
+        return {}
+    paths, arrays = list(scores), list(scores.values())
+    shapes = whole_shapes(arrays, axis_name)
+    own = grouped(allocation, paths, shapes, sparsity, arrays, axis_name)
+    marks = selection.select(
+        own.scores or (), own.kept, own.groups, floors=own.floors, axis_name=axis_name
     )
-    return selection.select(
-        weighed, budget.kept, budget.groups, floors=budget.floors, axis_name=axis_name
-    )
+    return dict(zip(paths, marks, strict=True))
 
 
-def written(scores: Scores) -> Float[Array, "..."]:
-    """Returns scores as an array."""
-    return jnp.abs(scores.x) if isinstance(scores, Magnitude) else scores
-
-
-def whole_shape(scores: Scores, axis_name: AxisName) -> tuple[int, ...]:
-    """Returns the shape over all devices, if a leaf is split along its first axis."""
-    x = scores.x if isinstance(scores, Magnitude) else scores
-    blocks = sharding.blocks(x, axis_name)
-    return (x.shape[0] * blocks, *x.shape[1:]) if x.ndim else ()
+def whole_shapes(arrays: Iterable[Scores], axis_name: AxisName) -> list[tuple]:
+    """Returns shapes over all devices, of leaves split along their first axis."""
+    arrays = [x.x if isinstance(x, Magnitude) else x for x in arrays]
+    rows = [sharding.blocks(x, axis_name) * x.shape[0] if x.ndim else 0 for x in arrays]
+    return [(n, *x.shape[1:])[: x.ndim] for n, x in zip(rows, arrays, strict=True)]
 
 
 def refuse_split(pattern: Pattern, scores: Array, axis_name: AxisName) -> None:

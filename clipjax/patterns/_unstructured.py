@@ -1,13 +1,14 @@
 """Zeros wherever the scores are lowest."""
 
-import dataclasses
-from collections.abc import Sequence
+from __future__ import annotations
 
-from jaxtyping import Array, Bool
+import dataclasses
+from collections.abc import Mapping
 
 from .._core.types import AxisName, Number
 from ..allocations import Allocation
-from ._pattern import Scores, best
+from ..allocations._budget import Scores
+from ._pattern import Masks, best
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,25 +20,27 @@ class Unstructured:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from clipjax import allocations
-        >>> scores = [jnp.array([3.0, 1.0, 2.0, 2.0])]
-        >>> Unstructured().masks(scores, 0.5, allocation=allocations.uniform)
-        [Array([ True, False,  True, False], dtype=bool)]
+        >>> import clipjax
+        >>> scores = {"kernel": jnp.array([3.0, 1.0, 2.0, 2.0])}
+        >>> clipjax.patterns.Unstructured().masks(
+        ...     scores, 0.5, allocation=clipjax.allocations.uniform
+        ... )
+        {'kernel': Array([ True, False,  True, False], dtype=bool)}
     """
 
     def masks(
         self,
-        scores: Sequence[Scores],
+        scores: Mapping[str, Scores],
         sparsity: Number,
         *,
         allocation: Allocation,
         axis_name: AxisName = None,
-    ) -> list[Bool[Array, "..."]]:
+    ) -> Masks:
         """Marks what stays.
 
         Args:
-            scores: of every leaf, the highest to keep, or `scores.Magnitude` of it;
-                NaN ranks lowest.
+            scores: of every leaf, by path, the highest to keep; or `scores.Magnitude`
+                of the leaf.  NaN ranks lowest.
             sparsity: the share of zeros in all leaves together, in [0, 1].
             allocation: how the leaves share it, from `allocations`.
             axis_name: inside `jax.shard_map`, the mesh axes over which leaves are
