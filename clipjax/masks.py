@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int, Num, UInt8
 
-from ._core import sharding, trees
+from ._core import bits as _bits, sharding, trees
 from ._core.types import AxisName
 from .selection import _counts as counts
 
@@ -33,7 +33,7 @@ __all__ = [
 
 
 _DENSE_NAMES = ("bias", "scale", "embedding", "embeddings")
-BITS = 8  # in a byte
+BITS = _bits.BITS  # in a byte
 
 
 def weights(path: str, leaf: Array) -> bool:
@@ -137,7 +137,7 @@ def pack(mask: Bool[Array, "*rest n"]) -> UInt8[Array, "*rest bytes"]:
         >>> clipjax.masks.pack(jnp.array([True, True, False, True]))
         Array([11], dtype=uint8)
     """
-    return jnp.packbits(mask, axis=-1, bitorder="little")
+    return _bits.pack(mask)
 
 
 def unpack(bits: UInt8[Array, "*rest bytes"], length: int) -> Bool[Array, "*rest n"]:
@@ -153,11 +153,7 @@ def unpack(bits: UInt8[Array, "*rest bytes"], length: int) -> Bool[Array, "*rest
         >>> clipjax.masks.unpack(jnp.uint8([11]), 4)
         Array([ True,  True, False,  True], dtype=bool)
     """
-    # Not `unpackbits`, whose loop XLA does not fuse into the one that reads the mask.
-    shifts = jnp.arange(BITS, dtype=jnp.uint8).reshape((1,) * bits.ndim + (BITS,))
-    spread = (bits[..., None] >> shifts) & jnp.uint8(1)
-    flat = spread.reshape(*bits.shape[:-1], bits.shape[-1] * BITS)
-    return flat[..., :length].astype(bool)
+    return _bits.unpack(bits, (*bits.shape[:-1], length))
 
 
 @dataclasses.dataclass(frozen=True)

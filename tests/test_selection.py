@@ -240,6 +240,28 @@ def test_every_group_keeps_its_own_number(numbers, ties):
 
 
 @pytest.mark.parametrize("ties", [False, True])
+def test_arrays_of_one_type_are_searched_in_turns(ties):
+    shapes = [(4, 6), (5,), (4, 6), (), (4, 6), (5,), (4, 6)]
+    scores = [normal(shape, seed=i) for i, shape in enumerate(shapes)]
+    scores = [jnp.round(x * 2) / 2 if ties else x for x in scores]
+    numbers = (3, 5, 24, 1, 0, 2, 11)
+    masks = select(scores, kept(*numbers), tuple(range(7)))
+    for mask, x, number in zip(masks, scores, numbers, strict=True):
+        np.testing.assert_array_equal(mask, first(x, number))
+
+
+def test_a_search_has_one_loop_for_all_arrays_and_one_for_turns():
+    def loops(copies):
+        xs = [jnp.ones((4, 6)), jnp.ones(5)] * copies
+        numbers = jnp.ones(len(xs), jnp.int32)
+        lowered = select.lower(xs, numbers, tuple(range(len(xs))))
+        text = lowered.as_text()
+        return text.count("stablehlo.while"), text.count("stablehlo.case")
+
+    assert loops(2) == loops(5) == (2, 2)
+
+
+@pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("numbers", [(10, 20), (0, 60), (41, 1)])
 def test_groups_may_hold_several_arrays(numbers, ties):
     """Arrays 0, 1 and 4 are compared with each other, and so are 2 and 3."""

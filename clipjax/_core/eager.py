@@ -20,9 +20,9 @@ def compiled(update: Callable[..., Any]) -> Callable[..., Any]:
     factory wraps its `update` in this, once, and returns the result.
 
     Where an argument is traced, `update` runs as it stands and adds no call to the
-    program.  `value_fn`, the loss as Optax's line searches take it, is compiled too,
-    once for each function.  Where another argument is no array and no number, `update`
-    runs as it stands and is not compiled.
+    program.  Numbers count as arrays, and arrive traced.  `value_fn`, the loss as
+    Optax's line searches take it, is compiled too, once for each function.  Where
+    another argument is neither, `update` runs as it stands and is not compiled.
     """
     jitted = jax.jit(update, static_argnames="value_fn")
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8
 
 from .. import masks, norms
-from .._core import checks as check, sharding, trees
+from .._core import bits as packed, checks as check, sharding, trees
 from .._core.types import AxisName, Number, Schedule, Where
 
 NEVER = 2**31 - 1  # the age of a mask that has not been made yet
@@ -181,15 +181,14 @@ def pack(
     is_plain = isinstance(storage, masks.Booleans)
     if is_plain or not sharding.has_whole_columns(mask, masks.BITS):
         return mask
-    return masks.pack(mask if mask.ndim else mask[None])
+    return packed.pack(mask)
 
 
 def unpack(bits: Array, param: Array) -> Bool[Array, "..."]:
     """Returns the mask of a parameter."""
     if bits.dtype == bool:
         return bits
-    columns = param.shape[-1] if param.ndim else 1
-    return masks.unpack(bits, columns).reshape(param.shape)
+    return packed.unpack(bits, param.shape)
 
 
 def measured(
