@@ -587,10 +587,11 @@ def _through(
 
 def _weights(update: _Update) -> list[Array]:
     """Measures the parameters of the leaves, by stack."""
-    check.given_params("A bound that is relative to the parameters", update.params)
+    name = "A bound by `thresholds.Relative`"
+    check.given_params(name, update.params)
     found = trees.floats(update.params)
     for path, leaf in update.leaves.items():
-        check.same_shape("clip_by", path, leaf, found.get(path))
+        check.same_shape(name, path, leaf, found.get(path))
     own = {path: found[path] for path in update.leaves}
     like = _measured(update.plan, own, update.axes, update.names, update.stacks)
     return [stack.values for stack in like]
