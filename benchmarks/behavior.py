@@ -1,8 +1,8 @@
 """What each clip does to norms that spike, rise, fall and drift.
 
 Each method runs as it is, one compiled scan over simulated norms: lognormal, σ = 0.1,
-level 1. The parameters' norm is 100 in the first five steps' test, and else 10⁴, where
-it plays no part. `python -m benchmarks.behavior` prints the table.
+level 1. The parameters' norm is 100 where a spike comes in the first five steps, and
+else 10⁴. `python -m benchmarks.behavior` prints the table.
 """
 
 import jax
@@ -106,7 +106,7 @@ def simulated(tx, sequences, param_norm):
 
 
 def figures(tx):
-    """Returns a method's figures: shares and times are means, sizes the worst."""
+    """Returns a method's figures: shares and times are means, norms the worst."""
     come = [scenarios(seed) for seed in range(SEEDS)]
     names = list(come[0])
     ordinary = [name for name in names if not name.startswith("early")]

@@ -20,14 +20,18 @@ import optax
 from flax import linen as nn
 
 import clipjax
+from clipjax import contrib
 from clipjax.examples import data, linen_nets
 
 CONTEXT = 64  # characters
 GRID = {f"{bound:g}": bound for bound in (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)}
 GRID = {"none": 1e30} | GRID
-OURS = "adaptive_clip"
+OURS = {
+    "adaptive_clip": clipjax.adaptive_clip,
+    "adaptive_clip(ratio=0.02)": functools.partial(clipjax.adaptive_clip, ratio=0.02),
+}
 PUBLISHED = {
-    name: make
+    name: getattr(contrib, name)
     for name in (
         "autoclip",
         "zclip",
@@ -39,7 +43,6 @@ PUBLISHED = {
         "spam_clip",
         "quantile_clip",
     )
-    if (make := getattr(clipjax, name, None))
 }
 PUBLISHED["adaptive_grad_clip"] = functools.partial(clipjax.adaptive_grad_clip, 0.01)
 
@@ -190,7 +193,7 @@ def measure(results, work, methods, *, seeds, save):
     """Fills in what `results`, scores by method and seed, does not hold yet."""
     fixed = trainer(work, clipjax.clip_by_global_norm)
     for name in methods:
-        make = {OURS: clipjax.adaptive_clip, **PUBLISHED}.get(name)
+        make = (OURS | PUBLISHED).get(name)
         run = fixed if name in GRID else trainer(work, lambda _, make=make: make())
         scores = results.setdefault(name, [])
         while len(scores) < seeds:
@@ -241,12 +244,12 @@ def ratios_table(results) -> str:
 def _names(results) -> list[str]:
     """Returns all methods, ours first."""
     names = dict.fromkeys(name for row in results.values() for name in row)
-    return sorted(names, key=lambda name: name != OURS)
+    return sorted(names, key=lambda name: name not in OURS)
 
 
 def main():
     """Trains what was asked for and prints both tables."""
-    methods = [*GRID, OURS, *PUBLISHED]
+    methods = [*GRID, *OURS, *PUBLISHED]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workloads", nargs="*", help="parts of their names")

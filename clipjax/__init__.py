@@ -1,33 +1,33 @@
 """Keep training stable and models sparse, with pure Optax transforms.
 
-| you want to …                            | use                                       |
-| ---------------------------------------- | ----------------------------------------- |
-| clip without tuning a threshold          | `adaptive_clip`                           |
-| clip as Optax does, right in any dtype   | `clip`, `clip_by_global_norm`,            |
-| and under any sharding                   | `clip_by_block_rms`,                      |
-|                                          | `adaptive_grad_clip`,                     |
-|                                          | `normalize_by_update_norm`                |
-| clip each leaf; clip singular values     | `clip_by_leaf_norm`, `spectral_clip`      |
-| clip in a way of your own                | `clip_by`, of `scopes`, `norms`,          |
-|                                          | `thresholds` and `responses`              |
-| leave out the steps that are spikes      | `skip_spikes`                             |
-| clip without bias                        | `carry_clipped`                           |
-| restart moments after a spike or a time  | `reset_moments`                           |
-| keep one example from dominating         | `per_example`                             |
-| make parameters exactly sparse           | `sparsify`; once: `prune`                 |
-| hide what is pruned from the optimizer   | `sparse`                                  |
-| be sparse from the start                 | `rigl`, `static_sparse`                   |
-| keep dense weights behind sparse ones    | `latent` with `latents`                   |
-| train with a penalty, to exact zeros     | `proximal` with `prox`                    |
-| keep zeros to the end                    | `constraints`, `finalize`, `lint`         |
-| send sparse gradients                    | `compression`                             |
-| see what a chain did                     | `metrics`                                 |
-| see what a model is made of              | `report`                                  |
-| say what matters, in what shape zeros    | `scores`, `patterns`, `allocations`       |
-| come, how layers share them              |                                           |
-| make, count and pack masks               | `masks`                                   |
-| find the k-th largest without sorting    | `selection`                               |
-| use a published method that few need     | `contrib`                                 |
+| you want to ...                         | use                                        |
+| --------------------------------------- | ------------------------------------------ |
+| clip without tuning a threshold         | `adaptive_clip`                            |
+| clip as Optax does, right in any dtype  | `clip`, `clip_by_global_norm`,             |
+| and under any sharding                  | `clip_by_block_rms`, `adaptive_grad_clip`, |
+|                                         | `normalize_by_update_norm`                 |
+| clip each leaf; clip singular values    | `clip_by_leaf_norm`; `spectral_clip`       |
+| clip in a way of your own               | `clip_by` with `Bound`, from `scopes`,     |
+|                                         | `norms`, `thresholds` and `responses`      |
+| clip the gradient of each example       | `per_example`                              |
+| leave out the steps that are spikes     | `skip_spikes`                              |
+| clip without bias                       | `carry_clipped`                            |
+| restart an optimizer's moments          | `reset_moments`                            |
+| make parameters exactly sparse          | `sparsify`; once: `prune`                  |
+| hide from the optimizer what is pruned  | `sparse`                                   |
+| be sparse from the start                | `rigl`, `static_sparse`                    |
+| keep dense weights behind sparse ones   | `latent` with `latents`                    |
+| train with a penalty, to exact zeros    | `proximal` with `prox`                     |
+| keep zeros to the end                   | `constraints`, `finalize`, `lint`          |
+| send sparse gradients between devices   | `compression`                              |
+| see what a chain did                    | `metrics`                                  |
+| see what a model is made of             | `report`                                   |
+| say which entries matter                | `scores`                                   |
+| say in what shape zeros come            | `patterns`                                 |
+| say how leaves share the zeros          | `allocations`                              |
+| make, count and pack masks              | `masks`                                    |
+| find the k-th largest without sorting   | `selection`                                |
+| use a published method that few need    | `contrib`                                  |
 """
 
 import importlib.metadata

@@ -1,5 +1,7 @@
 """A penalty at the end of a chain: parameters become zero where it is minimal."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -45,37 +47,42 @@ def proximal(
 
     u ← prox_η(θ + u) - θ, prox_η(x) = argmin_z ½·‖z - x‖² + η·penalty(z)
 
-    Stands last in the chain, after the optimizer and its learning rate.  Where the
-    operator is zero, -θ leaves: `optax.apply_updates` gives 0.0, bit for bit, in every
-    dtype.  What the penalty leaves as it is, as `prox.L0` does what stays, passes
-    unchanged.  Unlike a mask this holds nothing: a zero comes back as soon as a step
-    leads far enough away from it.
+    Use it last in a chain, where you know how strong a penalty should be and not how
+    sparse the network should become.
+
+    Where the operator is zero, the update is -θ: `optax.apply_updates` gives 0.0, bit
+    for bit, in every dtype.  Where the operator changes nothing, the update passes
+    unchanged.  Unlike under a mask, a zero returns as soon as a step leads far enough
+    away from it.
 
     With plain SGD this is proximal gradient descent on loss plus penalty.  With Adam
-    and its like the operator still takes the plain learning rate η, and not that of
-    each entry: scaled by what the optimizer does to a gradient, the penalty would have
-    an operator in closed form for entries only.  Then λ is compared with updates of
-    Adam's size, not with gradients, as in decoupled weight decay.
+    and the like the operator still uses the learning rate η for every entry, so λ is
+    compared with updates of Adam's size and not with gradients, as in decoupled weight
+    decay.
 
-    A NaN or an infinity in θ + u leaves as such, and is counted as no zero.  Parameters
-    in bfloat16 lose shrinkage by less than 2⁻⁹ of themselves a step: keep those in
-    float32.  An update narrower than its parameter leaves in the parameter's dtype.
+    A NaN or an infinity in θ + u stays, and counts as no zero.  In bfloat16 a parameter
+    loses shrinkage below 2⁻⁹ of itself a step: keep parameters in float32.  An update
+    that is narrower than its parameter is returned in the parameter's dtype.
 
     Args:
-        penalty: from `prox`; its numbers may be schedules of the step.
-        learning_rate: η ≥ 0, a number, a traced value or a schedule: that of the
-            optimizer.
-        scope: what is a group, for the penalties on groups; by default what feeds one
-            output of a layer.  `scopes.Unit(axis=1)` for what a feature feeds.
-        where: which leaves are penalized, by path and leaf; floating leaves of rank 2
-            or more that are no bias, scale or embedding.
+        penalty: the penalty, from `prox`; its numbers may be schedules.
+        learning_rate: η ≥ 0, the learning rate of the optimizer; a number, a traced
+            value or a schedule.
+        scope: what is one group, for penalties on groups; by default the weights into
+            one output of a layer, `scopes.Unit(axis=1)` for those out of one input.
+        where: which leaves are penalized, by path and leaf; by default floating leaves
+            of rank 2 or more that are no bias, scale or embedding.
         specs: inside `jax.shard_map`, how each leaf is split, by path and leaf; without
-            it, every leaf that is split has to be split along the axes of a group.
+            it, a leaf may be split only along the axes of a group.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> from clipjax import prox
-        >>> tx = optax.chain(optax.sgd(0.5), proximal(prox.L1(1.0), 0.5))
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> import clipjax
+        >>> tx = optax.chain(
+        ...     optax.sgd(0.5), clipjax.proximal(clipjax.prox.L1(1.0), 0.5)
+        ... )
         >>> params = {"kernel": jnp.array([[3.0, -0.75], [0.25, 2.0]])}
         >>> grads = {"kernel": jnp.array([[1.0, -1.0], [1.0, -4.0]])}
         >>> updates, state = tx.update(grads, tx.init(params), params)

@@ -1,8 +1,10 @@
 """The command line: `python -m clipjax train`.
 
 The words of the command line become functions here and nowhere else.  The packages of
-the extra `train` are imported once they are needed, so that `--help` works without.
+the extra `train` are imported where they are used, so that `--help` works without them.
 """
+
+from __future__ import annotations
 
 import argparse
 import contextlib

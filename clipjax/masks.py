@@ -1,8 +1,10 @@
-"""Masks: which entries stay (`True`) and which are zero, and how few bits hold that.
+"""Masks: which entries stay (`True`) and which are zero; how to count and pack them.
 
-A mask is made from its parameter by an operation on it, never from its shape: that is
-what gives it the parameter's sharding.
+A mask is made by an operation on its parameter, never from its shape alone: so it has
+the parameter's sharding.
 """
+
+from __future__ import annotations
 
 import dataclasses
 
@@ -35,19 +37,21 @@ BITS = 8  # in a byte
 
 
 def weights(path: str, leaf: Array) -> bool:
-    """Tells whether a leaf holds weights: what is made sparse unless told otherwise.
+    """Tells whether a leaf holds weights: a floating leaf of rank 2 or more.
 
-    A floating leaf of rank 2 or more whose path does not end in a bias, a scale or an
-    embedding.
+    The default of `where` in every transform that makes parameters sparse.  A leaf
+    whose path ends in `bias`, `scale` or `embedding` holds none.
 
     Args:
-        path: where the leaf stands, such as `layers/0/kernel`.
+        path: the path of the leaf, such as `layers/0/kernel`.
         leaf: the parameter.
 
     Example:
-        >>> weights("Dense_0/kernel", jnp.ones((2, 3)))
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.masks.weights("Dense_0/kernel", jnp.ones((2, 3)))
         True
-        >>> weights("attention/query/bias", jnp.ones((2, 3)))
+        >>> clipjax.masks.weights("attention/query/bias", jnp.ones((2, 3)))
         False
     """
     name = path.rsplit("/", 1)[-1]
@@ -56,30 +60,46 @@ def weights(path: str, leaf: Array) -> bool:
 
 
 def full(x: Num[Array, "..."]) -> Bool[Array, "..."]:
-    """Returns a mask that keeps everything, laid out as `x` is.
+    """Returns a mask that keeps every entry, with the sharding of `x`.
+
+    Args:
+        x: an array; only its shape and its sharding matter.
 
     Example:
-        >>> full(jnp.array([0.0, 2.0]))
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.masks.full(jnp.array([0.0, 2.0]))
         Array([ True,  True], dtype=bool)
     """
     return jnp.isfinite(x) | True
 
 
 def nonzero(x: Num[Array, "..."]) -> Bool[Array, "..."]:
-    """Returns the mask that a sparse array carries in itself.
+    """Returns the mask of the entries that are not zero.
+
+    Args:
+        x: an array; -0.0 counts as zero, NaN does not.
 
     Example:
-        >>> nonzero(jnp.array([0.0, -0.0, 2.0]))
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.masks.nonzero(jnp.array([0.0, -0.0, 2.0]))
         Array([False, False,  True], dtype=bool)
     """
     return x != 0
 
 
 def apply(mask: Bool[Array, "..."], x: Num[Array, "..."]) -> Num[Array, "..."]:
-    """Sets to zero what the mask does not keep: NaN and infinity too.
+    """Sets every entry that the mask does not keep to zero, also a NaN or an infinity.
+
+    Args:
+        mask: `True` for the entries to keep.
+        x: an array of the shape of the mask.
 
     Example:
-        >>> apply(jnp.array([True, False]), jnp.array([3.0, jnp.nan]))
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.masks.apply(jnp.array([True, False]), jnp.array([3.0, jnp.nan]))
         Array([3., 0.], dtype=float32)
     """
     return jnp.where(mask, x, jnp.zeros_like(x))
@@ -89,11 +109,13 @@ def count(mask: Bool[Array, "..."], *, axis_name: AxisName = None) -> Int[Array,
     """Returns how many entries a mask keeps.
 
     Args:
-        mask: of fewer than 2³¹ entries.
-        axis_name: inside `jax.shard_map`, the mesh axes over which it is split.
+        mask: a mask of fewer than 2³¹ entries.
+        axis_name: inside `jax.shard_map`, the mesh axes over which the mask is split.
 
     Example:
-        >>> count(jnp.array([True, False, True]))
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.masks.count(jnp.array([True, False, True]))
         Array(2, dtype=int32)
     """
     kept = counts.passing([mask])[0].astype(jnp.int32)
@@ -103,28 +125,32 @@ def count(mask: Bool[Array, "..."], *, axis_name: AxisName = None) -> Int[Array,
 def pack(mask: Bool[Array, "*rest n"]) -> UInt8[Array, "*rest bytes"]:
     """Packs eight entries of the last axis into a byte, the first in the lowest bit.
 
-    A last axis that is no multiple of eight is filled up with zeros.  No entry leaves
-    its device as long as each holds a multiple of eight.
+    A last axis whose length is no multiple of eight is padded with zeros.  On a mesh no
+    entry leaves its device if each device holds a multiple of eight.
 
     Args:
-        mask: of rank 1 or more.
+        mask: a mask of rank 1 or more.
 
     Example:
-        >>> pack(jnp.array([True, True, False, True]))
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.masks.pack(jnp.array([True, True, False, True]))
         Array([11], dtype=uint8)
     """
     return jnp.packbits(mask, axis=-1, bitorder="little")
 
 
 def unpack(bits: UInt8[Array, "*rest bytes"], length: int) -> Bool[Array, "*rest n"]:
-    """Turns packed bits back into a mask whose last axis has this length.
+    """Turns packed bits back into a mask.
 
     Args:
-        bits: as `pack` returned them.
-        length: of the last axis of the mask.
+        bits: what `pack` returned.
+        length: the length of the mask's last axis.
 
     Example:
-        >>> unpack(jnp.uint8([11]), 4)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.masks.unpack(jnp.uint8([11]), 4)
         Array([ True,  True, False,  True], dtype=bool)
     """
     # Not `unpackbits`, whose loop XLA does not fuse into the one that reads the mask.
@@ -136,17 +162,17 @@ def unpack(bits: UInt8[Array, "*rest bytes"], length: int) -> Bool[Array, "*rest
 
 @dataclasses.dataclass(frozen=True)
 class Bits:
-    """Stores a mask as it was made: one bit a parameter."""
+    """Stores a mask as it was made, in one bit a parameter."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Booleans:
-    """Stores a mask as it was made, unpacked: a byte a parameter."""
+    """Stores a mask as it was made, in one byte a parameter; a CPU reads it faster."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Zeros:
-    """Stores nothing: between two masks, what is zero stays zero."""
+    """Stores nothing: entries that are zero stay zero until the next mask is made."""
 
 
 Storage = Bits | Booleans | Zeros

@@ -1,8 +1,10 @@
 """Gradients that no single example can dominate: clipped one by one, then averaged.
 
-The mean of a batch hides what an optimizer's clip would have to see, so this is no
-transform of updates but takes the place of `jax.value_and_grad`.
+A transform of updates sees only the mean over the batch.  This takes the place of
+`jax.value_and_grad` instead.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -29,11 +31,11 @@ class ClippedGrads(NamedTuple):
     """What `clipped_value_and_grad` returns for a batch."""
 
     value: Float[Array, ""]  # mean loss, in float32 or wider
-    grads: PyTree  # mean of the clipped gradients, with the noise
-    aux: PyTree  # what `fun` returned beside the loss, example by example
+    grads: PyTree  # mean of the clipped gradients, plus the noise
+    aux: PyTree  # what `fun` returned beside the loss, for each example
     norms: Float[Array, " batch"]  # of each example's gradient, before the clip
     clipped_examples: Int[Array, ""]  # how many norms were above the bound
-    nonfinite_examples: Int[Array, ""]  # how many were left out
+    nonfinite_examples: Int[Array, ""]  # how many gradients were left out
 
 
 def clipped_value_and_grad(
@@ -46,48 +48,55 @@ def clipped_value_and_grad(
     noise_multiplier: Number = 0.0,
     axis_name: AxisName = None,
 ) -> Callable[..., ClippedGrads]:
-    """Clips the gradient of each example to norm c before the mean over the batch.
+    """Clips the gradient of each example to norm c, then averages over the batch.
 
     g = (Σᵢ gᵢ · min(1, c / ‖gᵢ‖₂) + σ·c·z) / B, z ~ N(0, 1), for B examples
 
-    Returns a function of the arguments of `fun`, which is written for one example:
-    arguments outside of `argnums` get a leading axis of examples.  It takes a `key=`
-    too, needed where there is noise.
+    Use it where single examples are outliers or wrong, or for differential privacy.
 
-    No example adds more than c to the sum, whatever the dtype: norms, products and the
-    sum are float32 or wider, and examples are clipped to c·(1 - 2⁻²⁰), so that rounding
-    cannot cross c; one within that passes bit for bit.  To replace an example moves the
-    sum by 2c at most, to remove one by c, but for the rounding of the float32 sum.
-    Only the finished mean, noise and all, is rounded to the parameters' dtype: this may
-    exceed c by one part in 2⁸ (bfloat16) or 2¹¹ (float16).
+    Returns a function with the arguments of `fun`.  `fun` is written for one example;
+    the returned function takes a batch: arguments outside of `argnums` get a leading
+    axis of examples.  It also takes `key=`, which it needs if there is noise.
 
-    An example whose gradient has a NaN, an infinity or a norm beyond the dtype adds
-    zeros, counts in B and in `nonfinite_examples`; its loss and `aux` are returned as
-    they are.  c = ∞ clips nothing, c = 0 gives zeros, and so do a traced c below zero
-    and NaN.
+    No example adds more than c to the sum, in any dtype: norms, products and the sum
+    are float32 or wider, and gradients are clipped to c·(1 - 2⁻²⁰), so that rounding
+    cannot cross c.  A gradient of a smaller norm passes bit for bit.  Replacing an
+    example moves the sum by at most 2c, removing one by at most c, apart from the
+    rounding of the float32 sum.  The mean, with its noise, is rounded to the dtype of
+    the parameters at the end: this may exceed c by one part in 2⁸ (bfloat16) or 2¹¹
+    (float16).
 
-    Inside `jax.shard_map`, where `jax.grad` alone would sum over the devices, the
-    gradients are those of the device's own examples, and so is the mean unless
-    `axis_name` is given.  Parameters have to be whole on each device there.
+    A gradient with a NaN, an infinity or a norm beyond its dtype adds zeros.  Its
+    example counts in B and in `nonfinite_examples`; its loss and `aux` are returned
+    unchanged.  c = ∞ clips nothing; c = 0 gives zeros, and so does a traced c that is
+    negative or NaN.
+
+    Inside `jax.shard_map`, where `jax.grad` alone would sum over the devices, each
+    device gets the gradients of its own examples and, without `axis_name`, their mean.
+    Every device needs the whole parameters.
 
     Args:
-        fun: from parameters and one example to a scalar loss, or to `(loss, aux)`.
+        fun: a function of the parameters and one example that returns a scalar loss, or
+            `(loss, aux)`.
         max_norm: c ≥ 0, a number or a traced value.
-        argnums: which arguments are differentiated, static; all others are batched.
-        has_aux: whether `fun` returns more than the loss, static.
-        microbatch: examples whose gradients are held at once, static; the others wait.
-            `None` for all.  It need not divide the batch.  On a mesh, a multiple of the
-            devices that the batch is split over.
-        noise_multiplier: σ ≥ 0, a number or a traced value.  Only `grads` has the
-            noise: for differential privacy publish nothing else, and take σ from an
+        argnums: which arguments are differentiated; all others are batched.  Static.
+        has_aux: whether `fun` returns `(loss, aux)`.  Static.
+        microbatch: how many examples' gradients are in memory at once; `None` for the
+            whole batch.  It need not divide the batch.  On a mesh, a multiple of the
+            number of devices that the batch is split over.  Static.
+        noise_multiplier: σ ≥ 0, a number or a traced value.  Only `grads` has noise:
+            for differential privacy publish nothing else, and take σ from a privacy
             accountant.
-        axis_name: inside `jax.shard_map`, the mesh axes over which the batch is split.
-            `key` has to be the same on all devices.
+        axis_name: inside `jax.shard_map`, the mesh axes over which the batch is split;
+            `key` must be the same on all devices.
 
     Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import clipjax
         >>> def loss(w, x):
         ...     return jnp.sum(w * x)
-        >>> grad = jax.jit(clipped_value_and_grad(loss, 2.5))
+        >>> grad = jax.jit(clipjax.per_example.clipped_value_and_grad(loss, 2.5))
         >>> batch = jnp.array([[3.0, 4.0], [0.0, 1.0], [jnp.nan, 0.0], [0.5, 0.0]])
         >>> out = grad(jnp.zeros(2), batch)
         >>> out.grads.round(4)  # [1.5, 2], [0, 1], [0, 0] and [0.5, 0]
@@ -107,7 +116,7 @@ def clipped_value_and_grad(
     for position in fixed:
         check.whole(0, argnums=position)
     is_noisy = not isinstance(noise_multiplier, int | float) or noise_multiplier != 0
-    slope = jax.value_and_grad(fun, fixed, has_aux=has_aux)
+    value_and_grad = jax.value_and_grad(fun, fixed, has_aux=has_aux)
 
     def clipped_grad(*args, key=None):
         if is_noisy and key is None:
@@ -116,34 +125,38 @@ def clipped_value_and_grad(
                 " `key=jax.random.key(...)`, another one at each step."
             )
         batch = {i: arg for i, arg in enumerate(args) if i not in fixed}
-        size = _batch_size(batch)
+        num_examples = _num_examples(batch)
         params = _as_varied({i: args[i] for i in fixed}, batch)
         bound = _bound(max_norm)
 
         def total(part):
             axes = [0 if i in part else None for i in range(len(args))]
             whole = [(params | part)[i] for i in range(len(args))]
-            result, grads = jax.vmap(slope, axes)(*whole)
+            result, grads = jax.vmap(value_and_grad, axes)(*whole)
             values, aux = result if has_aux else (result, None)
-            sizes = _norms(grads, values)
-            sums = _clipped_sum(grads, sizes, bound)
-            return sums, (trees.wide(values), aux, sizes)
+            grad_norms = _norms(grads, values)
+            sums = _clipped_sum(grads, grad_norms, bound)
+            return sums, (trees.wide(values), aux, grad_norms)
 
         like = tuple(params[i] for i in fixed)
         start = jax.tree.map(lambda x: sharding.zeros(trees.wide, x), like)
-        sums, others = _in_parts(total, start, batch, size, microbatch or size)
-        values, aux, sizes = others
-        finite = jnp.isfinite(sizes)
-        above = finite & (sizes > bound.astype(sizes.dtype))
+        sums, others = _in_parts(
+            total, start, batch, num_examples, microbatch or num_examples
+        )
+        values, aux, grad_norms = others
+        finite = jnp.isfinite(grad_norms)
+        above = finite & (grad_norms > bound.astype(grad_norms.dtype))
         sums, value, clipped, nonfinite = _over_devices(
             (sums, jnp.sum(values), _count(above), _count(~finite)), axis_name
         )
         if key is not None and is_noisy:
             sums = _noisy(sums, key, noise_multiplier, bound)
-        examples = float(size * sharding.size(axis_name))
+        examples = float(num_examples * sharding.size(axis_name))
         grads = jax.tree.map(lambda s, x: _mean(s, examples, x), sums, like)
         grads = grads[0] if isinstance(argnums, int) else grads
-        return ClippedGrads(value / examples, grads, aux, sizes, clipped, nonfinite)
+        return ClippedGrads(
+            value / examples, grads, aux, grad_norms, clipped, nonfinite
+        )
 
     return clipped_grad
 
@@ -151,20 +164,20 @@ def clipped_value_and_grad(
 def _clipped_sum(
     grads: PyTree, norm: Float[Array, " batch"], bound: Float[Array, ""]
 ) -> PyTree:
-    """Sums the gradients of all examples, none of them longer than the bound."""
+    """Sums the gradients of all examples, none with a norm above the bound."""
     bound = bound.astype(norm.dtype)
     within = bound * (1 - _MARGIN)
     above = norm > within
-    length = jnp.where(above, norm, 1)  # never 0: a bound is 0 or more
+    divisor = jnp.where(above, norm, 1)  # never 0: a bound is 0 or more
     keep = jnp.isfinite(norm) & (bound > 0)
 
     def add(x):
         x = trees.wide(x)
-        # First to length 1, then to the bound: their quotient may be subnormal.
-        short = x / _beside(length, x) * within.astype(x.dtype)
+        # First to norm 1, then to the bound: their quotient may be subnormal.
+        clipped = x / _beside(divisor, x) * within.astype(x.dtype)
         axes = tuple(range(1, x.ndim))
-        short = jnp.where(jnp.expand_dims(above, axes), short, x)
-        kept = jnp.where(jnp.expand_dims(keep, axes), short, jnp.zeros_like(x))
+        clipped = jnp.where(jnp.expand_dims(above, axes), clipped, x)
+        kept = jnp.where(jnp.expand_dims(keep, axes), clipped, jnp.zeros_like(x))
         return jnp.sum(kept, axis=0)
 
     return jax.tree.map(add, grads)
@@ -202,14 +215,15 @@ def _in_parts(
     total: Callable[[PyTree], tuple[PyTree, PyTree]],
     start: PyTree,
     batch: PyTree,
-    size: int,
+    num_examples: int,
     part: int,
 ) -> tuple[PyTree, PyTree]:
-    """Sums over the batch part by part; what belongs to one example stays in order."""
-    if part >= size:
+    """Sums over the batch part by part; keeps the order of the examples."""
+    if part >= num_examples:
         return total(batch)
-    steps, rest = divmod(size, part)
-    head = jax.tree.map(lambda x: x[: size - rest], batch) if rest else batch
+    steps, rest = divmod(num_examples, part)
+    end = num_examples - rest
+    head = jax.tree.map(lambda x: x[:end], batch) if rest else batch
 
     def step(sums, examples):
         more, others = total(examples)
@@ -219,7 +233,7 @@ def _in_parts(
     others = jax.tree.map(_collect, others)
     if not rest:
         return sums, others
-    sums, last = step(sums, jax.tree.map(lambda x: x[size - rest :], batch))
+    sums, last = step(sums, jax.tree.map(lambda x: x[end:], batch))
     return sums, jax.tree.map(lambda *x: jnp.concatenate(x), others, last)
 
 
@@ -260,11 +274,11 @@ def _as_varied(params: PyTree, batch: PyTree) -> PyTree:
     """
     leaves = jax.tree.leaves(batch)
     manual = [sharding.axes_of(x, sharding.manual_axes(x)) for x in leaves]
-    axes = {name for names in manual for name in names}
+    mesh_axes = {axis for axes in manual for axis in axes}
 
     def vary(x):
-        known = sharding.axes_of(x, tuple(axes))
-        missing = tuple(sorted(axes - set(known)))
+        known = sharding.axes_of(x, tuple(mesh_axes))
+        missing = tuple(sorted(mesh_axes - set(known)))
         if not missing:
             return x
         if hasattr(lax, "pcast"):
@@ -292,18 +306,18 @@ def _bound(max_norm: Number) -> Float[Array, ""]:
     return jnp.where(bound > 0, bound, 0)
 
 
-def _batch_size(batch: dict[int, PyTree]) -> int:
+def _num_examples(batch: dict[int, PyTree]) -> int:
     """Returns how many examples there are; raises unless all arguments agree."""
-    sizes = {
+    lengths = {
         i: {jnp.shape(x)[0] if jnp.ndim(x) else None for x in jax.tree.leaves(arg)}
         for i, arg in batch.items()
     }
-    found = set().union(*sizes.values())
-    if len(found) == 1 and (size := found.pop()):
-        return size
+    found = set().union(*lengths.values())
+    if len(found) == 1 and (length := found.pop()):
+        return length
     raise ValueError(
         "All arguments but those of argnums need the same leading axis of at least one"
-        f" example, but have {sizes} by position. Give what is not batched to `fun`"
+        f" example, but have {lengths} by position. Give what is not batched to `fun`"
         " itself, with `functools.partial`."
     )
 

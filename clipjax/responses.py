@@ -1,9 +1,22 @@
-"""What becomes of an update whose norm is compared with a threshold.
+"""What becomes of a part of an update, from its norm n and its threshold T.
 
-A response is a function of norm and threshold that returns the factor by which the
-update is scaled, or an `Entrywise` one.  The last three functions are no responses:
-they say what becomes of an update that is not finite.
+| you want ...                                       | use                             |
+| -------------------------------------------------- | ------------------------------- |
+| norms above T brought down to T (the default)      | `scale`                         |
+| norms shrunk smoothly, so that they tend to T      | `smooth`                        |
+| every norm to be T                                 | `normalize`                     |
+| norms below T raised to T                          | `floor`                         |
+| norms between a share of T and T                   | `Band`                          |
+| parts above T dropped                              | `zero`                          |
+| single entries clipped, not norms                  | `clamp`, `lower_peaks`          |
+
+A response is a function of n and T that returns a factor, or an `Entrywise` value.
+
+What becomes of an update that is not finite is another matter: `propagate` lets it
+pass, `zero_scope` makes its part zero, `skip` the whole update.
 """
+
+from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -54,7 +67,9 @@ def scale(
     One also for a norm or a threshold that is not finite.
 
     Example:
-        >>> scale(jnp.array([4.0, 1.0]), jnp.array(2.0))
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.responses.scale(jnp.array([4.0, 1.0]), jnp.array(2.0))
         Array([0.5, 1. ], dtype=float32)
     """
     # The division comes last, where XLA does not repeat it for every entry.
@@ -75,8 +90,10 @@ def smooth(
     One for a norm or a threshold that is not finite.
 
     Example:
+        >>> import jax.numpy as jnp
+        >>> import clipjax
         >>> norms = jnp.array([0.75, 1e6])
-        >>> norms * smooth(norms, jnp.array(1.0))
+        >>> norms * clipjax.responses.smooth(norms, jnp.array(1.0))
         Array([0.6, 1. ], dtype=float32)
 
     Reference:
@@ -101,7 +118,9 @@ def normalize(
     r = T / n; zero for n = 0, one for a norm that is not finite.
 
     Example:
-        >>> normalize(jnp.array([4.0, 0.5, 0.0]), jnp.array(2.0))
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.responses.normalize(jnp.array([4.0, 0.5, 0.0]), jnp.array(2.0))
         Array([0.5, 4. , 0. ], dtype=float32)
     """
     known, norm, bound = _sane(norm, threshold)
@@ -120,7 +139,9 @@ def floor(
     r = max(1, T / n); one for n = 0, which has no direction.
 
     Example:
-        >>> floor(jnp.array([4.0, 0.5, 0.0]), jnp.array(2.0))
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.responses.floor(jnp.array([4.0, 0.5, 0.0]), jnp.array(2.0))
         Array([1., 4., 1.], dtype=float32)
     """
     known, norm, bound = _sane(norm, threshold)
@@ -137,7 +158,9 @@ def zero(
     r = 0 for n > T, and 1 else; one for a norm that is not finite.
 
     Example:
-        >>> zero(jnp.array([4.0, 2.0]), jnp.array(2.0))
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.responses.zero(jnp.array([4.0, 2.0]), jnp.array(2.0))
         Array([0., 1.], dtype=float32)
     """
     above = jnp.isfinite(norm) & (norm > threshold.astype(norm.dtype))
@@ -152,10 +175,12 @@ class Entrywise:
         entries: from a leaf, the norm of its scope and the threshold to the new leaf.
 
     Example:
+        >>> import jax.numpy as jnp
+        >>> import clipjax
         >>> u = jnp.array([4.0, 1.0])
-        >>> clamp.entries(u, jnp.array(4.0), jnp.array(2.0))
+        >>> clipjax.responses.clamp.entries(u, jnp.array(4.0), jnp.array(2.0))
         Array([2., 1.], dtype=float32)
-        >>> lower_peaks.entries(u, jnp.array(8.0), jnp.array(2.0))
+        >>> clipjax.responses.lower_peaks.entries(u, jnp.array(8.0), jnp.array(2.0))
         Array([1., 1.], dtype=float32)
     """
 
@@ -183,7 +208,11 @@ def clamped(
     A complex one is brought to magnitude T.  An infinity becomes ±T, a NaN stays.
 
     Example:
-        >>> clamped(jnp.array([4.0, -1.0]), jnp.array(4.0), jnp.array(2.0))
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.responses.clamped(
+        ...     jnp.array([4.0, -1.0]), jnp.array(4.0), jnp.array(2.0)
+        ... )
         Array([ 2., -1.], dtype=float32)
     """
     del norm
@@ -206,7 +235,11 @@ def lowered(
     """Scales the entries above T by T/n, so that the largest comes out at T.
 
     Example:
-        >>> lowered(jnp.array([8.0, 4.0, 1.0]), jnp.array(8.0), jnp.array(2.0))
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.responses.lowered(
+        ...     jnp.array([8.0, 4.0, 1.0]), jnp.array(8.0), jnp.array(2.0)
+        ... )
         Array([2., 1., 1.], dtype=float32)
     """
     factor = scale(norm, bound)
@@ -233,8 +266,10 @@ class Band:
         most: the largest factor, ≥ 1.
 
     Example:
+        >>> import jax.numpy as jnp
+        >>> import clipjax
         >>> norms = jnp.array([8.0, 1.5, 0.5])
-        >>> norms * Band(low=0.5)(norms, jnp.array(2.0))
+        >>> norms * clipjax.responses.Band(low=0.5)(norms, jnp.array(2.0))
         Array([2. , 1.5, 1. ], dtype=float32)
     """
 
@@ -262,7 +297,9 @@ def propagate(known: Bool[Array, "..."], all_known: Bool[Array, ""]) -> None:
     """Lets what is not finite pass unchanged, for others to see.
 
     Example:
-        >>> propagate(jnp.array([False]), jnp.array(False)) is None
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.responses.propagate(jnp.array([False]), jnp.array(False)) is None
         True
     """
     del known, all_known
@@ -274,7 +311,9 @@ def zero_scope(
     """Makes zero what is measured together with a NaN or an infinity.
 
     Example:
-        >>> zero_scope(jnp.array([False, True]), jnp.array(False))
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.responses.zero_scope(jnp.array([False, True]), jnp.array(False))
         Array([False,  True], dtype=bool)
     """
     del all_known
@@ -285,7 +324,9 @@ def skip(known: Bool[Array, "..."], all_known: Bool[Array, ""]) -> Bool[Array, "
     """Makes the whole update zero if any of it is not finite.
 
     Example:
-        >>> skip(jnp.array([False, True]), jnp.array(False))
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.responses.skip(jnp.array([False, True]), jnp.array(False))
         Array(False, dtype=bool)
     """
     del known

@@ -1,10 +1,21 @@
-"""What is measured together: an entry, a unit, a layer, a leaf, a group, or all.
+"""Which entries are measured together.
 
-A unit is what feeds one output of a layer: a column of a Dense kernel, a filter of a
-convolution.  The rank of a kernel does not tell which axes these are: (3, 64, 32) may
-be a 1-D convolution with 32 outputs or a projection to 64 heads of 32.  The bias next
-to it does, since it has the shape of the outputs.
+| you want to measure ...                            | use                             |
+| -------------------------------------------------- | ------------------------------- |
+| the whole update (the default)                     | `Tree`                          |
+| leaves that share a label                          | `Group`                         |
+| each leaf                                          | `Leaf`                          |
+| each layer, where `nn.scan` stacks them in a leaf  | `Layer`                         |
+| what feeds one output of a layer                   | `Unit`                          |
+| each entry                                         | `Element`                       |
+
+A unit is a column of a Dense kernel, or a filter of a convolution.  The rank of a
+kernel does not tell its axes: (3, 64, 32) may be a 1-D convolution with 32 outputs or a
+projection to 64 heads of 32.  The bias next to it does: it has the shape of the
+outputs.
 """
+
+from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -67,9 +78,13 @@ def unit_axes(path: str, leaf: Shaped, bias: Shaped | None = None) -> tuple[int,
         bias: of the same layer, if it has one.
 
     Example:
-        >>> unit_axes("Conv_0/kernel", jnp.ones((3, 64, 32)), bias=jnp.ones(32))
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.scopes.unit_axes(
+        ...     "Conv_0/kernel", jnp.ones((3, 64, 32)), bias=jnp.ones(32)
+        ... )
         (0, 1)
-        >>> unit_axes("attention/query/kernel", jnp.ones((64, 4, 16)))
+        >>> clipjax.scopes.unit_axes("attention/query/kernel", jnp.ones((64, 4, 16)))
         (0,)
     """
     *parents, name = path.split("/")
@@ -95,7 +110,9 @@ def bias_of(path: str, leaves: Mapping[str, Array]) -> Array | None:
         leaves: all leaves by path.
 
     Example:
-        >>> bias_of("Dense_0/kernel", {"Dense_0/bias": jnp.zeros(2)})
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.scopes.bias_of("Dense_0/kernel", {"Dense_0/bias": jnp.zeros(2)})
         Array([0., 0.], dtype=float32)
     """
     parent, slash, _ = path.rpartition("/")
@@ -119,7 +136,7 @@ class Part(NamedTuple):
 
 @runtime_checkable
 class Scope(Protocol):
-    """What a scope has to offer."""
+    """The method of a scope."""
 
     def part(self, path: str, leaves: Mapping[str, Array]) -> Part:
         """Says for the leaf at `path`, one of `leaves`, what it is measured with."""
@@ -131,7 +148,9 @@ class Tree:
     """All leaves together: one norm.
 
     Example:
-        >>> Tree().part("w", {"w": jnp.ones(2)})
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.scopes.Tree().part("w", {"w": jnp.ones(2)})
         Part(label='', axes=None, shared=False)
     """
 
@@ -151,7 +170,9 @@ class Group:
             only has a threshold of its own.
 
     Example:
-        >>> by_layer = Group(lambda path, leaf: path.split("/")[0])
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> by_layer = clipjax.scopes.Group(lambda path, leaf: path.split("/")[0])
         >>> by_layer.part("dense/bias", {"dense/bias": jnp.ones(2)}).label
         'dense'
     """
@@ -173,7 +194,9 @@ class Leaf:
     """Each leaf by itself.
 
     Example:
-        >>> Leaf().part("w", {"w": jnp.ones(2)})
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.scopes.Leaf().part("w", {"w": jnp.ones(2)})
         Part(label='w', axes=None, shared=False)
     """
 
@@ -192,7 +215,9 @@ class Layer:
             of path and leaf that returns them, `()` for a leaf of one layer.
 
     Example:
-        >>> Layer(0).part("kernel", {"kernel": jnp.ones((12, 4, 4))})
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.scopes.Layer(0).part("kernel", {"kernel": jnp.ones((12, 4, 4))})
         Part(label='kernel', axes=(1, 2), shared=False)
     """
 
@@ -217,9 +242,13 @@ class Unit:
             function of path and leaf that returns them.
 
     Example:
-        >>> Unit().part("kernel", {"kernel": jnp.ones((3, 3, 8, 16))})
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.scopes.Unit().part("kernel", {"kernel": jnp.ones((3, 3, 8, 16))})
         Part(label='kernel', axes=(0, 1, 2), shared=False)
-        >>> Unit(stacked=0).part("kernel", {"kernel": jnp.ones((12, 8, 16))})
+        >>> clipjax.scopes.Unit(stacked=0).part(
+        ...     "kernel", {"kernel": jnp.ones((12, 8, 16))}
+        ... )
         Part(label='kernel', axes=(1,), shared=False)
     """
 
@@ -254,7 +283,9 @@ class Element:
     """Each entry by itself.
 
     Example:
-        >>> Element().part("w", {"w": jnp.ones((2, 3))})
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.scopes.Element().part("w", {"w": jnp.ones((2, 3))})
         Part(label='w', axes=(), shared=False)
     """
 

@@ -40,9 +40,12 @@ def test_the_second_eager_call_traces_nothing():
 
 def test_functions_among_the_extra_arguments_reach_it():
     plain, traced = tripled_later()
-    new, _ = compiled(plain)(jnp.ones(2), jnp.int32(2), value_fn=lambda x: x)
-    assert_same(new, jnp.full(2, 3.0))
-    assert traced == [["value_fn"]]
+    update = compiled(plain)
+    for name in ("value_fn", "other"):  # only of the first it is known what it is
+        for _ in range(2):
+            new, _ = update(jnp.ones(2), jnp.int32(2), **{name: len})
+            assert_same(new, jnp.full(2, 3.0))
+    assert traced == [["value_fn"], ["other"], ["other"]]
 
 
 def test_inside_a_trace_it_adds_nothing():

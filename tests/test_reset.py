@@ -1,16 +1,10 @@
 """Resets: moments restart, schedules go on, whatever the optimizer."""
 
-import functools
-
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
-from flax.training.train_state import TrainState
-from jax import P
 
 from clipjax._clipping._adaptive import adaptive_clip
 from clipjax._clipping._reset import reset_moments
@@ -99,7 +93,8 @@ def test_what_a_clip_has_seen_is_kept():
     _, state = run(reset_moments(inner, every=2), [params] * 5, params)
     clip, adam_state = state.reset_inner[0], state.reset_inner[1][0]
     assert clip.clip.step == 5
-    assert (clip.norm_history > 0).sum() == 5
+    (history,) = jax.tree.leaves(clip.threshold_memory)
+    assert (history > 0).sum() == 5
     assert adam_state.count == 1
 
 
@@ -212,23 +207,6 @@ def test_the_period_may_be_traced_or_follow_a_schedule():
     )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_structure_and_dtypes_survive_in_one_compilation(dtype):
-    chex.clear_trace_counter()
-    tx = reset_moments(optax.trace(0.9), every=2, on_spike=SPIKES)
-    params = normal(SHAPES, dtype=dtype) | {"frozen": None}
-    update = jax.jit(chex.assert_max_traces(lambda *a: tx.update(*a), n=1))
-    state = first = tx.init(params)
-    for _ in range(4):
-        updates, state = update(params, state, params)
-        assert spec(updates) == spec(params)
-        assert spec(state) == spec(first)
-    for tree in ({}, (), {"a": None}):
-        updates, after = tx.update(tree, tx.init(tree), tree)
-        assert updates == tree
-        assert spec(after) == spec(tx.init(tree))
-
-
 def test_errors_name_the_argument():
     with pytest.raises(TypeError, match="inner"):
         reset_moments(0.1)
@@ -241,63 +219,3 @@ def test_errors_name_the_argument():
     tx = reset_moments(optax.identity())
     with pytest.raises(ValueError, match=r"^reset_moments .* params is None"):
         tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
-
-
-def test_flax_frameworks_get_the_same():
-    tx = reset_moments(optax.adamw(optax.linear_schedule(0.1, 0, 9)), every=2, warmup=2)
-    with relaxed():
-        model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
-        start = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-        linen = TrainState.create(apply_fn=None, params=start, tx=tx)
-        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-        apply = nnx.jit(lambda model, optimizer, g: optimizer.update(model, g))
-        step = jax.jit(lambda state, grads: state.apply_gradients(grads=grads))
-        for _ in range(5):
-            apply(model, optimizer, nnx.state(model, nnx.Param))
-            linen = step(linen, linen.params)
-        assert_same(nnx.to_pure_dict(nnx.state(model, nnx.Param)), linen.params)
-    assert (linen.opt_state.resets, linen.opt_state.reset_inner[0].count) == (2, 1)
-
-
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-def test_eight_devices_are_as_one_and_gather_nothing(kind):
-    axis_types = (getattr(jax.sharding.AxisType, kind),)
-    mesh = jax.make_mesh((8,), ("d",), axis_types=axis_types)
-    params = normal({"a": (16, 4), "b": (8, 3)})
-    split = jax.device_put(params, jax.NamedSharding(mesh, P("d")))
-    tx = reset_moments(optax.trace(0.9), every=2, on_spike=SPIKES)
-    results = []
-    for tree in (params, split):
-        update, state = jax.jit(tx.update), tx.init(tree)
-        text = update.lower(tree, state, tree).compile().as_text()
-        assert "all-gather" not in text
-        for _ in range(4):
-            out, state = update(tree, state, tree)
-        results.append(jax.device_get((out, state)))
-    assert_same(results[1], results[0], rtol=1e-5)
-
-
-def test_shard_map_is_as_one_device():
-    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
-    params = normal({"a": (16, 4)})
-
-    def train(params, name):
-        tx = reset_moments(optax.trace(0.9), every=2, on_spike=SPIKES, axis_name=name)
-        state = tx.init(params)
-        for size in (1, 1, 1, 50):
-            out, state = tx.update(
-                jax.tree.map(functools.partial(jnp.multiply, float(size)), params),
-                state,
-                params,
-            )
-        return out
-
-    mapped = jax.shard_map(
-        lambda params: train(params, "d"),
-        mesh=mesh,
-        in_specs=P("d"),
-        out_specs=P("d"),
-    )
-    actual = jax.device_get(jax.jit(mapped)(params))
-    alone = jax.jit(train, static_argnums=1)(params, None)
-    assert_same(actual, jax.device_get(alone), rtol=1e-5)

@@ -1,5 +1,7 @@
 """Clipping against the recent past: no threshold to tune."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 
 import optax
@@ -26,36 +28,41 @@ def adaptive_clip(
 ) -> optax.GradientTransformationExtraArgs:
     """Clips each update to a little more than its recent norms; needs no argument.
 
-    u ← u · Tₜ / max(Tₜ, nₜ), Tₜ = f·Q_q(n̂ₜ₋₁, …, n̂ₜ₋w), n̂ₜ = min(nₜ, g·Tₜ), nₜ = ‖u‖₂
+    u ← u · Tₜ / max(Tₜ, nₜ), nₜ = ‖u‖₂
+
+    Tₜ = f·Q_q(n̂ₜ₋₁, …, n̂ₜ₋w), n̂ₜ = min(nₜ, g·Tₜ)
 
     Use it before an optimizer whose gradients have spikes, where no threshold is known.
-    The threshold T stands a little above the norms that are usual, so nine of ten
-    ordinary steps pass bit for bit.  A spike comes out at the threshold and is
-    remembered at no more than g thresholds: it can neither lift the threshold nor hide
-    the next one.  A lasting rise passes as soon as it fills a tenth of the window: one
-    of 10x after some 8 steps, and 15 more for each further factor of ten.
+
+    With its defaults, about nine of ten ordinary steps pass bit for bit.  A spike comes
+    out at the threshold and is remembered at no more than g thresholds: it neither
+    lifts the threshold nor hides the next spike.  A lasting rise passes once it fills a
+    tenth of the window: one of 10x after some 8 steps, and 15 more for each further
+    factor of ten.
 
     The first step has no past.  Its threshold is T₀ = s·max(‖θ‖₂, 10⁻³), a small share
-    of the norm of the parameters θ, and while the history is short the threshold can
-    grow by f·g a step: a bad first step cannot wreck the parameters, and a scale that
-    is far off costs a few steps.  Without `params` the first step passes unchanged.
+    of the norm of the parameters θ; without `params` it passes unchanged.  While few
+    norms are known the threshold can grow by f·g a step, so a scale that is far off
+    costs only a few steps.
 
     A step with a NaN or an infinity becomes zero, is counted, and is not remembered.
 
     Args:
-        quantile: q in [0, 1], which of the recent norms is the measure: a number, a
-            traced value or a schedule.
-        factor: f > 0, how far above that the threshold stands; likewise.
-        growth: g ≥ 1, how many thresholds a norm is remembered at, at most; f·g > 1.
-        start: s > 0, the first threshold relative to the parameters.
-        ratio: λ > 0.  If finite, every unit is first clipped to λ·max(‖θ‖₂, 10⁻³) of
-            its own parameters, as by `clipjax.adaptive_grad_clip`.
-        window: w ≥ 2, how many norms are remembered; a static integer.
-        stacked: of a unit, axes along which `nn.scan` or `nnx.vmap` stacks layers, for
-            all leaves or by path and leaf.
-        specs: of a unit, inside `jax.shard_map`, how each leaf is split, by path and
-            leaf; without it, every leaf that is split has to be split along the axes of
-            a unit.
+        quantile: q in [0, 1], the quantile of the recent norms; a number, a traced
+            value or a schedule.
+        factor: f > 0, the threshold as a multiple of the quantile; a number, a traced
+            value or a schedule.
+        growth: g ≥ 1, the largest multiple of the threshold at which a norm is
+            remembered, with f·g > 1; a number, a traced value or a schedule.
+        start: s > 0, the first threshold as a share of the parameters' norm; a number,
+            a traced value or a schedule.
+        ratio: λ > 0; if finite, every unit is first clipped to λ·max(‖θ‖₂, 10⁻³) of its
+            own parameters, as by `clipjax.adaptive_grad_clip`.
+        window: w ≥ 2, the number of norms that are remembered.  Static.
+        stacked: with `ratio`, the axes along which `nn.scan` or `nnx.vmap` stacks
+            layers, for all leaves; or a function of path and leaf that returns them.
+        specs: with `ratio`, inside `jax.shard_map`, how each leaf is split, by path and
+            leaf; without it, a leaf may be split only along the axes of a unit.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:

@@ -1,5 +1,7 @@
 """Error feedback: what a clip cuts off is not lost but comes with the next update."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +12,7 @@ from jaxtyping import Array, Int, PyTree
 from .. import norms
 from .._core import checks as check, trees
 from .._core.dtypes import common
+from .._core.eager import compiled
 from .._core.types import AxisName
 
 
@@ -28,21 +31,26 @@ def carry_clipped(
 
     uₜ = clip(gₜ + Δₜ), Δₜ₊₁ = gₜ + Δₜ - uₜ, Δ₁ = 0
 
-    All that went in has come out or is still carried: Σuₜ + Δ = Σgₜ, whatever `inner`
-    does, up to float32's rounding of Δ.  What rounding to a narrow dtype cuts off an
-    update is carried too.  `inner` is a clip: it sees the sum in float32 or wider, and
-    what it returns is rounded to the update's dtype.  Where it always cuts, because the
-    mean of the gradients is above its threshold, the carry grows without bound.
+    Use it around a clip where rare large gradients matter: a clip alone shrinks their
+    share of the mean.
+
+    Whatever went in has come out or is still carried: Σuₜ + Δ = Σgₜ, up to float32's
+    rounding of Δ.  What rounding to a narrow dtype cuts off is carried too.  `inner`
+    sees the sum in float32 or wider; its result is rounded to the update's dtype.  If
+    the mean of the gradients is above the threshold, the carry grows without bound.
 
     An update with a NaN or an infinity, or whose sum with the carry overflows, goes
     through `inner` without the carry, which stays as it is.
 
     Args:
-        inner: any clip, before the optimizer.
+        inner: the clip, before the optimizer.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> tx = carry_clipped(optax.clip(1.0))
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> import clipjax
+        >>> tx = clipjax.carry_clipped(optax.clip(1.0))
         >>> state = tx.init(jnp.zeros(2))
         >>> for size in [3.0, 0.0, 0.5, 0.0]:
         ...     u, state = tx.update(jnp.array([size, 0.25]), state)
@@ -67,29 +75,31 @@ def carry_clipped(
         )
 
     def update(updates, state, params=None, **extra_args):
-        carry = trees.by_path(state.carry)
-        total = trees.map_by_path(_add, updates, carry)
+        total = trees.map_by_path(_add, updates, trees.by_path(state.carry))
         fits = jnp.isfinite(norms.inf_norm(total, axis_name=axis_name))
-        incoming = jax.tree.map(
-            lambda t, u: jnp.where(fits, t, _like(u, t)) if trees.is_float(u) else u,
-            total,
-            updates,
-        )
+
+        def chosen(total, update):
+            if not trees.is_float(update):
+                return update
+            return jnp.where(fits, total, jnp.asarray(update, total.dtype))
+
+        def left(carry, total, outgoing):
+            rest = (total - jnp.asarray(outgoing, total.dtype)).astype(carry.dtype)
+            return jnp.where(fits & jnp.isfinite(rest), rest, carry)
+
+        incoming = jax.tree.map(chosen, total, updates)
         outgoing, inner_state = inner.update(
             incoming, state.carry_inner, params, **extra_args
         )
-        outgoing = jax.tree.map(_round, outgoing, updates)
+        outgoing = jax.tree.map(_rounded, outgoing, updates)
+        totals, sent = trees.floats(total), trees.floats(outgoing)
+        return outgoing, CarryClippedState(
+            trees.next_step(state.step),
+            trees.map_by_path(left, state.carry, totals, sent),
+            inner_state,
+        )
 
-        def left(old, total, out):
-            rest = (total - _like(out, total)).astype(old.dtype)
-            return jnp.where(fits & jnp.isfinite(rest), rest, old)
-
-        sums, outs = trees.floats(total), trees.floats(outgoing)
-        new_carry = trees.map_by_path(left, state.carry, sums, outs)
-        step = trees.next_step(state.step)
-        return outgoing, CarryClippedState(step, new_carry, inner_state)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, compiled(update))
 
 
 def _add(update: Any, carry: Array) -> Any:
@@ -99,9 +109,5 @@ def _add(update: Any, carry: Array) -> Any:
     return jnp.asarray(update, dtype) + carry.astype(dtype)
 
 
-def _like(leaf: Any, other: Array) -> Array:
-    return jnp.asarray(leaf, other.dtype)
-
-
-def _round(outgoing: Any, update: Any) -> Any:
+def _rounded(outgoing: Any, update: Any) -> Any:
     return jnp.asarray(outgoing, update.dtype) if trees.is_float(update) else outgoing

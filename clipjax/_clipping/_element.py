@@ -1,5 +1,7 @@
 """Clipping entry by entry."""
 
+from __future__ import annotations
+
 import optax
 
 from .. import responses, scopes
@@ -9,21 +11,23 @@ from ._engine import Bound, clip_by
 
 
 def clip(max_delta: Number | Schedule) -> optax.GradientTransformationExtraArgs:
-    """Clips every entry to [-c, c]; a complex one to magnitude c.
+    """Clips every entry to [-c, c], a complex one to magnitude c.
 
     uᵢ ← min(max(uᵢ, -c), c), and zᵢ ← zᵢ·min(1, c/|zᵢ|)
 
-    Takes the place of `optax.clip`, which refuses complex entries.  The bound is
-    rounded down to each leaf's dtype, so that no entry exceeds it.  An infinity becomes
-    ±c and a NaN stays.  Leaves that are not floating pass unchanged.  No norm is
-    measured, so `clipjax.metrics` shows none.
+    Use it in place of `optax.clip`, which refuses complex entries.
+
+    The bound is rounded down to each leaf's dtype, so that no entry exceeds it.  An
+    infinity becomes ±c and a NaN stays.  Leaves that are not floating pass unchanged.
+    No norm is measured, so `clipjax.metrics` shows none.
 
     Args:
         max_delta: c ≥ 0, a number, a traced value or a schedule.
 
     Example:
         >>> import jax.numpy as jnp
-        >>> tx = clip(1.0)
+        >>> import clipjax
+        >>> tx = clipjax.clip(1.0)
         >>> updates = {"w": jnp.array([3.0, -0.5]), "z": jnp.array([3 + 4j])}
         >>> clipped, _ = tx.update(updates, tx.init(updates))
         >>> clipped["w"], clipped["z"]

@@ -6,6 +6,8 @@ norms of coarser scopes, thresholds, factors, the record.  Each leaf is read a s
 time, when it is multiplied by its own row of factors.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -77,18 +79,20 @@ class Bound:
     """A bound on the norm of each part of an update, for `clip_by`.
 
     Args:
-        threshold: T ≥ 0: a number, a traced value, a schedule; `thresholds.Relative`,
-            by the parameters; another rule of `thresholds`, by the norms of the past;
-            or a mapping of these from the label of a part, such as that of a group.
-        scope: what is measured together, from `scopes`.
+        threshold: T ≥ 0: a number, a traced value or a schedule; a rule of
+            `thresholds`; or a mapping from the labels of parts, such as those of
+            `scopes.Group`, to these.
+        scope: which entries are measured together, from `scopes`.
         norm: `norms.global_norm`, `rms`, `inf_norm` or `spectral_norm`; of a single
             entry, each is the absolute value.
-        response: what becomes of the update, from `responses`.
-        start: the bound while a rule by the past knows none, by the parameters; not
-            used where `update` is given no parameters.
+        response: what becomes of a part by its norm and its threshold, from
+            `responses`.
+        start: the rule by the parameters that is the bound as long as a rule by the
+            past knows no norm; not used where `update` gets no parameters.
 
     Example:
-        >>> Bound(1.0, scopes.Leaf()).norm is norms.global_norm
+        >>> import clipjax
+        >>> clipjax.Bound(1.0, clipjax.scopes.Leaf()).norm is clipjax.norms.global_norm
         True
     """
 
@@ -149,43 +153,45 @@ def clip_by(
     specs: scopes.SpecRule | None = None,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Clips by any norms of any parts of the update against any thresholds.
+    """Clips any parts of the update, by any norms, against any thresholds.
 
-    u ← u · r(n, T), for each bound, one after the other, and each part u of its scope,
-    with its norm n and its threshold T
+    u ← u · r(n, T), for each bound in turn, and each part u of its scope, with its norm
+    n and its threshold T
 
-    Every clip of this library is a few lines on this one.  What is within its bounds
-    passes bit for bit, and clipping twice is clipping once, up to rounding.  Norms,
-    thresholds and factors are float32 or wider; an entry is rounded once, to its own
-    dtype.  The update is read once to measure it, whatever the number of bounds: norms
-    of a tree follow from those of its units, and what a bound does to a norm from its
-    factors.  Nothing is remembered of a step with a NaN or an infinity anywhere, nor of
-    a part whose norm is zero.
+    Use it for a clip that has no name: every clip of this library is a few lines on it.
 
-    `clipjax.metrics` reports the global norm, with `norms.rms` too; with `inf_norm` or
-    `spectral_norm` the largest such norm of any part; and the last bound's threshold.
+    What is within its bounds passes bit for bit, and clipping twice is clipping once,
+    up to rounding.  Norms, thresholds and factors are float32 or wider; an entry is
+    rounded once, to its own dtype.  The update is measured once, whatever the number of
+    bounds: the norm of a coarser scope follows from those of a finer one and their
+    factors.  A step with a NaN or an infinity is not remembered, and neither is a norm
+    of zero.
 
-    A caller may pass `None` or `optax.EmptyState()` for the state, and gets it back,
-    where all thresholds are numbers or go by the parameters.
+    `clipjax.metrics` reports the global norm, or with `inf_norm` or `spectral_norm` the
+    largest such norm of any part, and the last bound's threshold.
+
+    If no threshold goes by the past, a caller may pass `None` or `optax.EmptyState()`
+    for the state, and gets it back.
 
     Args:
-        bounds: each a `Bound`, or a threshold alone for one on the global norm.
+        bounds: each a `Bound`, or a threshold alone, for the global norm.  Bounds by
+            another norm than `norms.global_norm` and `rms` must all be by that one.
         nonfinite: what becomes of an update with a NaN or an infinity:
             `responses.propagate`, `zero_scope` or `skip`.
         strict: whether no norm may exceed its bound even after rounding: entries are
             rounded toward zero, and the bound is lowered by two parts in a million.
-        where: which leaves are clipped, by path and leaf; others are neither measured
-            nor changed.  All floating leaves, if none is given.
+        where: which leaves are clipped, by path and leaf, by default all floating ones;
+            the others are neither measured nor changed.
         specs: inside `jax.shard_map`, how each leaf is split, by path and leaf; needed
-            where parts of a leaf are measured and axes that are not are split too, and
-            for the spectral norm of what is split.
+            where a part is split along other axes than its own, and for spectral norms.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
         >>> import jax.numpy as jnp
-        >>> tx = clip_by(Bound(1.0, scopes.Leaf(), norms.inf_norm), 0.5)
+        >>> import clipjax
+        >>> tx = clipjax.clip_by(clipjax.Bound(1.0, clipjax.scopes.Leaf()), 0.5)
         >>> updates = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([0.0])}
-        >>> tx.update(updates, tx.init(updates))[0]["a"]  # [0.75, 1], then norm 0.5
+        >>> tx.update(updates, tx.init(updates))[0]["a"]  # to norm 1, then to 0.5
         Array([0.3, 0.4], dtype=float32)
     """
     plan = _Plan(

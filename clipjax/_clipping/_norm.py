@@ -1,5 +1,7 @@
 """Clipping by a fixed norm: of the whole tree, or of each leaf."""
 
+from __future__ import annotations
+
 import jax.numpy as jnp
 import optax
 
@@ -16,18 +18,21 @@ def clip_by_global_norm(
 
     u ← u · c / max(c, ‖u‖₂), the norm over all entries of all leaves
 
-    Takes the place of `optax.clip_by_global_norm`; the norm is computed in float32 or
-    wider, and is right from 1e-38 to 1e38.  An update within the bound passes bit for
-    bit.  Rounding to a narrow dtype may exceed the bound by one part in 2⁸ (bfloat16)
-    or 2¹¹ (float16).  An update with a NaN or an infinity passes unchanged and is
-    counted: `optax.apply_if_finite` can then see it.
+    Use it in place of `optax.clip_by_global_norm`.
+
+    The norm is computed in float32 or wider, and is right from 1e-38 to 1e38.  An
+    update within the bound passes bit for bit.  Rounding to a narrow dtype may exceed
+    the bound by one part in 2⁸ (bfloat16) or 2¹¹ (float16).  An update with a NaN or an
+    infinity passes unchanged and is counted: `optax.apply_if_finite` can then see it.
 
     Args:
         max_norm: c ≥ 0, a number, a traced value or a schedule.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> tx = clip_by_global_norm(1.0)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> tx = clipjax.clip_by_global_norm(1.0)
         >>> updates = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
         >>> tx.update(updates, tx.init(updates))[0]
         {'a': Array([0.6], dtype=float32), 'b': Array([0.8], dtype=float32)}
@@ -47,15 +52,19 @@ def clip_by_leaf_norm(
 
     u ← u · c / max(c, ‖u‖₂), for each leaf u
 
-    What Keras calls `clipnorm`.  A leaf with a NaN or an infinity passes unchanged, the
-    others are clipped; such a step is counted.
+    Use it where one layer's gradient would shrink all others; Keras calls it
+    `clipnorm`.
+
+    A leaf with a NaN or an infinity passes unchanged, and the step is counted.
 
     Args:
         max_norm: c ≥ 0, a number, a traced value or a schedule.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> tx = clip_by_leaf_norm(1.0)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> tx = clipjax.clip_by_leaf_norm(1.0)
         >>> updates = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([0.5])}
         >>> tx.update(updates, tx.init(updates))[0]
         {'a': Array([0.6, 0.8], dtype=float32), 'b': Array([0.5], dtype=float32)}
@@ -75,16 +84,19 @@ def clip_by_block_rms(
 
     u ← u · d / max(d, RMS(u)), RMS(u) = ‖u‖₂ / √n, for each leaf u of n entries
 
-    Takes the place of `optax.clip_by_block_rms`.  After the optimizer it is Adafactor's
-    update clipping.  A leaf with a NaN or an infinity passes unchanged, the others are
-    clipped; such a step is counted.
+    Use it in place of `optax.clip_by_block_rms`; after an optimizer it is the clip of
+    Adafactor.
+
+    A leaf with a NaN or an infinity passes unchanged, and the step is counted.
 
     Args:
         threshold: d ≥ 0, a number, a traced value or a schedule.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> tx = clip_by_block_rms(1.0)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> tx = clipjax.clip_by_block_rms(1.0)
         >>> updates = {"a": jnp.array([1.0, 7.0]), "b": jnp.array([0.5])}
         >>> tx.update(updates, tx.init(updates))[0]
         {'a': Array([0.2, 1.4], dtype=float32), 'b': Array([0.5], dtype=float32)}
@@ -107,17 +119,21 @@ def normalize_by_update_norm(
 
     u ← s · u / (‖u‖₂ + ε); a zero update stays zero
 
-    Takes the place of `optax.normalize_by_update_norm`, whose ε of 10⁻⁶ halves an
-    update of that norm.  An update with a NaN or an infinity passes
-    unchanged and is counted.
+    Use it in place of `optax.normalize_by_update_norm`, whose ε of 10⁻⁶ halves an
+    update of that norm.
+
+    An update with a NaN or an infinity passes unchanged and is counted.
 
     Args:
-        scale_factor: s ≥ 0, a number, a traced value or a schedule.
-        eps: ε ≥ 0, below which updates are left small.
+        scale_factor: s ≥ 0, the norm of every update; a number, a traced value or a
+            schedule.
+        eps: ε ≥ 0; updates with a norm far below it stay small.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> tx = normalize_by_update_norm(10.0)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> tx = clipjax.normalize_by_update_norm(10.0)
         >>> updates = {"a": jnp.array([3e-9, 4e-9])}
         >>> tx.update(updates, tx.init(updates))[0]
         {'a': Array([6., 8.], dtype=float32)}

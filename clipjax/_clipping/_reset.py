@@ -4,6 +4,10 @@ Nothing is known of the optimizer: which of its arrays are moments is told by th
 shapes, which follow those of the parameters.
 """
 
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +17,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from .. import norms
 from .._core import checks as check, memory, trees
+from .._core.eager import compiled
 from .._core.steps import step_if
 from .._core.types import AxisName, Number, Schedule
 from ..thresholds import History, WindowedQuantile
@@ -38,35 +43,41 @@ def reset_moments(
     on_spike: History | None = None,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Restarts the moments of an optimizer, lest they remember a spike for long.
+    """Restarts the moments of an optimizer at intervals, or at spikes.
 
     mₜ ← 0, vₜ ← 0, … if s = ΔT or nₜ > Tₜ; u ← u · (1 - 0.99·(1 + cos(πs/N))/2), s < N
 
-    s is the number of steps since the last reset.  Before the step on which s = ΔT, the
-    moments become what `inner.init` makes them; the update then grows back to its full
-    size over N steps.  A spike, a gradient whose norm nₜ is above the threshold of
-    `on_spike`, also resets them, before the step and after it: it meets no old moments,
-    moves the parameters by a hundredth of a step, and is not remembered.
+    Use it where Adam remembers a spike for too long.
 
-    `inner` may be any optimizer: moments are the arrays of its state whose shapes
-    follow those of the parameters.  What stands beside moments in one NamedTuple
-    restarts with them, as Adam's count for its bias correction has to.  What stands
-    apart goes on: a schedule's step, the norms that a clip has seen.  Not only moments
-    have such shapes, so keep gradient accumulation, a carry and masks outside.
+    s is the number of steps since the last reset.  Before the step on which s = ΔT, the
+    moments become those of `inner.init`; the update then grows back to its full size
+    over N steps.  With `on_spike`, a gradient whose norm nₜ is above the threshold
+    resets them before the step and after it: it meets no old moments, moves the
+    parameters by a hundredth of a step, and is not remembered.
+
+    `inner` may be any optimizer: its moments are the arrays of its state that have the
+    shapes of the parameters.  What stands in one NamedTuple with moments restarts with
+    them, such as Adam's count.  What stands apart goes on: the step of a schedule, the
+    norms that a clip has seen.  Keep gradient accumulation, `carry_clipped` and masks
+    outside, since their arrays have these shapes too.
 
     A step with a NaN or an infinity becomes zero and leaves `inner` as it is.
 
     Args:
         inner: the optimizer.
-        every: ΔT ≥ 1, or `None` for spikes only.  This and the next one are numbers,
-            traced values or schedules.
-        warmup: N ≥ 0, over how many steps the update grows back; 0 for none.
-        on_spike: which norms are spikes, such as
+        every: ΔT ≥ 1, the number of steps between two resets; a number, a traced value
+            or a schedule; `None` for resets at spikes only.
+        warmup: N ≥ 0, the number of steps over which the update grows back; a number, a
+            traced value or a schedule.
+        on_spike: the threshold above which a norm is a spike, such as
             `thresholds.WindowedQuantile(factor=3.0)`; `None` for no such resets.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> tx = reset_moments(optax.sgd(1.0, momentum=0.5), every=2, warmup=2)
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> import clipjax
+        >>> tx = clipjax.reset_moments(optax.sgd(1.0, momentum=0.5), every=2, warmup=2)
         >>> state = tx.init(jnp.zeros(1))
         >>> for _ in range(5):
         ...     u, state = tx.update(jnp.ones(1), state, jnp.zeros(1))
@@ -102,46 +113,46 @@ def reset_moments(
 
     def update(updates, state, params=None, **extra_args):
         check.given_params("reset_moments", params)
-        norm = norms.global_norm(updates, scaled=True, axis_name=axis_name).astype(
-            jnp.float32
-        )
+        norm = norms.global_norm(updates, scaled=True, axis_name=axis_name)
+        norm = norm.astype(jnp.float32)
         known = jnp.isfinite(norm)
         rule = trees.at_step(usual, state.step)
         bound = rule.threshold(state.reset_norms, norm)
         spike = known & (norm > bound) & (on_spike is not None)
-        due = jnp.zeros([], bool)
-        if every is not None:
-            period = trees.value_at(every, state.step)
-            due = known & (state.since_reset.astype(jnp.float32) >= period)
-        reset = due | spike
+        reset = spike | (known & _is_due(every, state))
         age = jnp.where(reset, 0, state.since_reset)
         resets = state.resets + reset.astype(jnp.int32)
         grown = _grown(age, trees.value_at(warmup, state.step))
-
-        def restarted(condition, inner_state):
-            return _restarted(condition, inner, inner_state, params)
+        factor = jnp.where(resets > 0, grown, 1)
 
         def step(updates, inner_state):
-            fresh = restarted(reset, inner_state)
-            outgoing, after = inner.update(updates, fresh, params, **extra_args)
-            outgoing = trees.scale_all(outgoing, jnp.where(resets > 0, grown, 1))
-            return outgoing, after if on_spike is None else restarted(spike, after)
+            restarted = _restart(inner, params)
+            start = restarted(inner_state, reset)
+            outgoing, after = inner.update(updates, start, params, **extra_args)
+            after = after if on_spike is None else restarted(after, spike)
+            return trees.scale_all(outgoing, factor), after
 
         outgoing, inner_state = step_if(known, step, updates, state.reset_inner)
-        new_state = ResetMomentsState(
+        longer = rule.remember(state.reset_norms, norm, bound, jnp.minimum(norm, bound))
+        counts = known & (norm > 0)
+        return outgoing, ResetMomentsState(
             trees.next_step(state.step),
             resets,
             jnp.where(known, trees.next_step(age), age),
             jax.tree.map(
-                lambda new, old: jnp.where(known & (norm > 0), new, old),
-                rule.remember(state.reset_norms, norm, bound, jnp.minimum(norm, bound)),
-                state.reset_norms,
+                lambda new, old: jnp.where(counts, new, old), longer, state.reset_norms
             ),
             inner_state,
         )
-        return outgoing, new_state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, compiled(update))
+
+
+def _is_due(every: Number | Schedule | None, state: ResetMomentsState) -> Any:
+    if every is None:
+        return False
+    period = trees.value_at(every, state.step)
+    return state.since_reset.astype(jnp.float32) >= period
 
 
 def _grown(age: Int[Array, ""], warmup: Float[Array, ""]) -> Float[Array, ""]:
@@ -151,16 +162,17 @@ def _grown(age: Int[Array, ""], warmup: Float[Array, ""]) -> Float[Array, ""]:
     return jnp.where(age.astype(jnp.float32) < warmup, wave, 1)
 
 
-def _restarted(
-    condition: Any, inner: Any, inner_state: PyTree, params: PyTree
-) -> PyTree:
-    """Returns the state, with the moments of a new one if the condition holds."""
-    fresh = inner.init(params)
-    restart = memory.moments(inner, params)
+def _restart(inner: Any, params: PyTree) -> Callable[[PyTree, Any], PyTree]:
+    """Returns what gives a state the moments of a new one, if a condition holds."""
+    fresh, moments = inner.init(params), memory.moments(inner, params)
 
-    def one(keys, old, new):
-        if trees.path(keys) not in restart:
+    def one(keys, old, new, condition):
+        if trees.path(keys) not in moments:
             return old
         return jnp.where(condition, jnp.asarray(new, old.dtype), old)
 
-    return jax.tree_util.tree_map_with_path(one, inner_state, fresh)
+    def restarted(state, condition):
+        one_if = functools.partial(one, condition=condition)
+        return jax.tree_util.tree_map_with_path(one_if, state, fresh)
+
+    return restarted

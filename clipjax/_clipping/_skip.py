@@ -4,6 +4,8 @@ The statistic is fed on every finite step, skipped or not, and with bounded numb
 it can neither be poisoned nor stand still while the training has moved on.
 """
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .. import norms
 from .._core import checks as check, losses, trees
+from .._core.eager import compiled
 from .._core.steps import step_if
 from .._core.types import AxisName, Number, Schedule
 from ..thresholds import WindowedQuantile, Winsorized
@@ -48,41 +51,47 @@ def skip_spikes(
     max_consecutive: int = 10,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Leaves out the steps whose gradient, or loss, is far above what was usual lately.
+    """Leaves out the steps whose gradient, or loss, is far above recent ones.
 
     spike: nₜ > Tₜ = f·Q₀.₉(n̂ₜ₋₁, …, n̂ₜ₋w), nₜ = ‖u‖₂, n̂ₜ = min(nₜ, 3·Tₜ)
     or: Lₜ > Mₜ + k·Sₜ, Mₜ = Q₀.₅(L̂), Sₜ = max(Q₀.₉(L̂) - Mₜ, |Mₜ|/100),
     L̂ₜ = min(Lₜ, Mₜ + 3·k·Sₜ)
 
-    Takes the place of `optax.apply_if_finite`.  On a skipped step the update is zero
-    and `inner` keeps its state: moments, schedules and weight decay stand still.  The
-    norm is that of the incoming update, so a clip belongs into `inner`: before the
-    wrapper it would hide every spike.  The loss counts where `update` is given it as
-    `value=`, as Optax names it; extra arguments are passed on.
+    Use it around an optimizer in place of `optax.apply_if_finite`.
 
-    One spike can neither lift the thresholds nor hide the next one.  A lasting change
-    of level is followed, within some 15 steps for one of 20x.  And after
-    `max_consecutive` spikes in a row, all are taken until a step is within the
-    thresholds again.  A step with a NaN or an infinity, in the update or the loss, is
-    never taken, however many there are; it is not remembered, and neither ends a row
-    of spikes nor is one of it.
+    On a skipped step the update is zero and `inner` keeps its state: moments, schedules
+    and weight decay stand still.  The norm is that of the incoming update, so put a
+    clip inside `inner`: before the wrapper it would hide every spike.  The loss counts
+    where `update` gets it as `value=`, as Optax names it; extra arguments are passed
+    on.
 
-    The first step is compared with nothing and passes.  While few norms are known,
-    their threshold can rise ninefold a step; losses are compared with no fewer than 16
-    (or w, if that is less).  `clipjax.metrics` counts the skipped spikes as clipped.
+    One spike neither lifts the thresholds nor hides the next one.  A lasting change of
+    level is followed, one of 20x within some 15 steps.  After `max_consecutive` spikes
+    in a row every finite step is taken until one is within the thresholds again.  A
+    step with a NaN or an infinity, in the update or the loss, is never taken and never
+    remembered; it neither ends a row of spikes nor counts as one.
+
+    The first step has nothing to compare with, and passes.  While few norms are known,
+    their threshold can rise ninefold a step; losses are compared once 16 are known (or
+    w, if that is less).  `clipjax.metrics` counts skipped spikes as clipped.
 
     Args:
         inner: the optimizer, or whatever should not see a spike.
-        factor: f ≥ 1, from which multiple of a usual norm on a step is skipped.  This
-            and the next one are numbers, traced values or schedules.
-        value_factor: k > 0, how far a loss may rise above the median, in widths S.
-        window: w ≥ 2, how many steps are remembered; a static integer.
-        max_consecutive: how many spikes in a row are skipped; a static integer.
+        factor: f ≥ 1, the multiple of the usual norm from which on a step is skipped; a
+            number, a traced value or a schedule.
+        value_factor: k > 0, how far a loss may rise above the median, in widths S; a
+            number, a traced value or a schedule.
+        window: w ≥ 2, the number of steps that are remembered.  Static.
+        max_consecutive: the largest number of spikes in a row that are skipped.
+            Static.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split;
             losses that differ over them are averaged.
 
     Example:
-        >>> tx = skip_spikes(optax.sgd(1.0))
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> import clipjax
+        >>> tx = clipjax.skip_spikes(optax.sgd(1.0))
         >>> state = tx.init(jnp.zeros(2))
         >>> for size in [1.0, 2.0, 1000.0, jnp.nan, 5.0]:
         ...     u, state = tx.update(jnp.array([size, 0.0]), state)
@@ -125,42 +134,40 @@ def skip_spikes(
 
     def update(updates, state, params=None, **extra_args):
         step = state.skip.step
-        rule = rule_at(step)
-        norm = norms.global_norm(updates, scaled=True, axis_name=axis_name).astype(
-            jnp.float32
-        )
+        norm = norms.global_norm(updates, scaled=True, axis_name=axis_name)
+        norm = norm.astype(jnp.float32)
         loss = _loss(extra_args.get("value"), axis_name)
         known = jnp.isfinite(norm) & ~jnp.isinf(loss)
+        rule = rule_at(step)
         bound = rule.threshold(state.recent_norms, norm)
         highest, cap = _bounds(state, trees.value_at(value_factor, step))
         spike = known & ((norm > bound) | (loss > highest))
         in_row = state.spikes_in_row + spike.astype(jnp.int32)
         take = known & (~spike | (in_row > max_consecutive))
-        longer = rule.remember(state.recent_norms, norm, bound, norm)
-
         outgoing, inner_state = step_if(
             take,
             lambda u, inner_state: inner.update(u, inner_state, params, **extra_args),
             updates,
             state.skip_inner,
         )
-        new_state = SkipSpikesState(
-            states.after(
-                state.skip,
-                norm=jnp.where(known, norm, jnp.nan),
-                clipped_norm=jnp.where(take, norm, 0),
-                threshold=bound,
-                clipped=~take,
-            ),
+        longer = rule.remember(state.recent_norms, norm, bound, norm)
+        clip = states.after(
+            state.skip,
+            norm=jnp.where(known, norm, jnp.nan),
+            clipped_norm=jnp.where(take, norm, 0),
+            threshold=bound,
+            clipped=~take,
+        )
+        return outgoing, SkipSpikesState(
+            clip,
             jnp.where(take, 0, trees.next_step(state.skipped_in_row)),
             jnp.where(known & ~spike, 0, in_row),
             jnp.where(known & (norm > 0), longer, state.recent_norms),
             *_remembered(state, loss, cap, known),
             inner_state,
         )
-        return outgoing, new_state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, compiled(update))
 
 
 def _loss(value: Any, axis_name: AxisName) -> Float[Array, ""]:

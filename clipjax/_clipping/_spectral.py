@@ -1,5 +1,7 @@
 """Clipping the singular values of each matrix of the update."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
@@ -32,33 +34,36 @@ def spectral_clip(
 
     U ← Σᵢ min(σᵢ, c)·pᵢ·qᵢᵀ, for U = Σᵢ σᵢ·pᵢ·qᵢᵀ
 
-    The nearest matrix of spectral norm c at most; use it where a few directions of an
-    update are too large, and not all of it.  A matrix within its bound passes bit for
-    bit.  Scalars and vectors pass; a matrix with a NaN or an infinity passes unchanged
-    and the step is counted.
+    Use it where few directions of a matrix dominate an update: the others stay as they
+    are, where a clip by norm shrinks all alike.
 
-    With `response=responses.smooth` σ becomes σ/√(1 + σ²/c²) instead, which changes
-    every matrix a little: SPECTRA, meant for the update, after the optimizer and with c
-    times the learning rate as the bound there.
+    The result is the nearest matrix with a spectral norm of at most c.  A matrix within
+    its bound passes bit for bit.  With `response=responses.smooth`, σ becomes
+    σ/√(1 + σ²/c²), which changes every matrix a little: SPECTRA, to be used after the
+    optimizer, with c times the learning rate.  Scalars and vectors pass unchanged.  So
+    does a matrix with a NaN or an infinity; the step is counted.
 
     Computed in float32 from the eigenvalues of the smaller Gram matrix, m × m, in
-    O(m²·n), right to 2·10⁻⁴·c and to the rounding of the largest value; for every
-    factor of a hundred above 100·c, once more.  On a mesh the Gram matrix of a leaf
-    that is split is reduced over the devices: the one transform here whose exchange is
-    not a scalar.  Not for use inside `jax.shard_map` on leaves that are split.
+    O(m²·n), right to 2·10⁻⁴·c and to the rounding of the largest value; once more for
+    every factor of a hundred above 100·c.  On a mesh the Gram matrix of a split leaf is
+    reduced over the devices: the only transform here that exchanges more than scalars.
 
     Args:
         max_norm: c ≥ 0, a number, a traced value or a schedule.
-        response: from singular values and c to the factor of each, from `responses`.
-        scope: which axes of a leaf are the rows of its matrix, `scopes.Unit`; all
-            others are its columns but for those that the scope calls stacked.
-        where: which leaves, by path and leaf; all of rank two or more by default.
+        response: the function from singular values and c to the factor of each, from
+            `responses`.
+        scope: which axes of a leaf are the rows of its matrix, a `scopes.Unit`; the
+            others are its columns, except those that the scope calls stacked.
+        where: which leaves are clipped, by path and leaf; by default all of rank 2 or
+            more.
         specs: inside `jax.shard_map`, how each leaf is split, by path and leaf.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split;
-            `()` if each device clips what it has.
+            `()` if each device clips its own.
 
     Example:
-        >>> tx = spectral_clip(1.0)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> tx = clipjax.spectral_clip(1.0)
         >>> updates = {"kernel": jnp.array([[4.0, 0.0], [0.0, 0.5]])}
         >>> jnp.round(tx.update(updates, tx.init(updates))[0]["kernel"], 5)
         Array([[1. , 0. ],

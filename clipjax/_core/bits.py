@@ -1,5 +1,7 @@
 """Masks of one bit an entry."""
 
+from __future__ import annotations
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, UInt8
 

@@ -3,6 +3,8 @@
 A tracer has no value yet and a schedule has one a step: neither can be checked here.
 """
 
+from __future__ import annotations
+
 import numbers
 from collections.abc import Iterator
 from typing import Any
@@ -79,12 +81,7 @@ def rises(**values: Any) -> None:
 def whole(_least: int, **values: Any) -> None:
     """Raises unless every value is a Python integer of at least `_least`."""
     for name, value in values.items():
-        if isinstance(value, Tracer | Array):
-            raise TypeError(
-                f"{name} is static and must be a Python integer, but is an array or"
-                " traced. Under `optax.inject_hyperparams`, name it in"
-                " `static_args`."
-            )
+        _static(name, value, "a Python integer")
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             raise TypeError(
                 f"{name} must be an integer, but is {value!r} of type"
@@ -104,6 +101,7 @@ def flag(**values: Any) -> None:
 def function(**values: Any) -> None:
     """Raises unless every value can be called."""
     for name, value in values.items():
+        _static(name, value, "a function")
         if not callable(value):
             raise TypeError(
                 f"{name} must be a function, but is {value!r} of type"
@@ -114,6 +112,7 @@ def function(**values: Any) -> None:
 def has_method(method: str, **values: Any) -> None:
     """Raises unless every value is an object with this method."""
     for name, value in values.items():
+        _static(name, value, f"a value with a method `{method}`")
         if isinstance(value, type) or not callable(getattr(value, method, None)):
             raise TypeError(
                 f"{name} must be a value with a method `{method}`, but is {value!r}."
@@ -180,6 +179,15 @@ def _concrete(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
                 f" {value!r} of type {type(value).__name__}."
             )
         yield name, value if isinstance(value, numbers.Number) else value.item()
+
+
+def _static(name: str, value: Any, kind: str) -> None:
+    """Raises where `optax.inject_hyperparams` made an array of an argument."""
+    if isinstance(value, Tracer | Array):
+        raise TypeError(
+            f"{name} is static and must be {kind}, but is an array or traced. Under"
+            " `optax.inject_hyperparams`, name it in `static_args`."
+        )
 
 
 def _is_scalar(value: Any) -> bool:

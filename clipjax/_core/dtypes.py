@@ -1,5 +1,7 @@
 """Sums of leaves that differ in dtype, also where JAX promotes none by itself."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

@@ -1,5 +1,7 @@
 """Calls of `update` outside of any trace, compiled once for each kind of arguments."""
 
+from __future__ import annotations
+
 import functools
 import numbers
 from collections.abc import Callable
@@ -18,14 +20,16 @@ def compiled(update: Callable[..., Any]) -> Callable[..., Any]:
     factory wraps its `update` in this, once, and returns the result.
 
     Where an argument is traced, `update` runs as it stands and adds no call to the
-    program.  Where one is no array and no number, such as a function among the extra
-    arguments, it runs as it stands too, and is not compiled.
+    program.  `value_fn`, the loss as Optax's line searches take it, is compiled too,
+    once for each function.  Where another argument is no array and no number, `update`
+    runs as it stands and is not compiled.
     """
-    jitted = jax.jit(update)
+    jitted = jax.jit(update, static_argnames="value_fn")
 
     @functools.wraps(update)
     def called(updates, state, params=None, **extra_args):
-        leaves = jax.tree.leaves((updates, state, params, extra_args))
+        given = {k: x for k, x in extra_args.items() if k != "value_fn"}
+        leaves = jax.tree.leaves((updates, state, params, given))
         run = jitted if all(map(_is_concrete, leaves)) else update
         return run(updates, state, params, **extra_args)
 

@@ -3,6 +3,8 @@
 -θ is never cast to the dtype of an update: a rounded -θ would not cancel θ.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax.numpy as jnp

@@ -1,5 +1,7 @@
 """Losses that come as extra arguments."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

@@ -5,6 +5,8 @@ Found by the path and the shape of the array that it stands in.
 which flat, masked and flattened states cannot give.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import Any
 

@@ -5,6 +5,8 @@ array is a local block: then the axes are named by the caller, and the array's o
 says over which of them it differs (a replicated array is counted once).
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 
@@ -83,6 +85,7 @@ def split_axes(spec: PartitionSpec, axes: tuple[int, ...]) -> AxisName:
     """Returns the mesh axes that split these axes of an array laid out by a spec.
 
     Example:
+        >>> from clipjax._core.sharding import split_axes
         >>> split_axes(PartitionSpec("data", ("model", "expert")), (1,))
         ('model', 'expert')
     """

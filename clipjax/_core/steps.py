@@ -3,6 +3,8 @@
 By `jax.lax.cond` and not by `jnp.where`, which would need memory for both states.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 
@@ -21,12 +23,28 @@ def step_if(
 
     Zeros are of the dtype that `update` gives, which may not be that of `updates`.
     """
-    kinds, _ = jax.eval_shape(update, updates, inner_state)
+    kinds, states = jax.eval_shape(update, updates, inner_state)
 
     def rest():
         def zero(x, kind):
+            if kind.dtype == jax.dtypes.float0:  # of an integer parameter
+                return x
             return jnp.zeros_like(x, dtype=kind.dtype)
 
-        return jax.tree.map(zero, updates, kinds), inner_state
+        zeros = jax.tree.map(zero, updates, kinds)
+        return zeros, jax.tree.map(_laid_out, inner_state, states)
 
     return jax.lax.cond(condition, lambda: update(updates, inner_state), rest)
+
+
+def _laid_out(leaf: Array, kind: jax.ShapeDtypeStruct) -> Array:
+    """Returns a leaf as the other branch lays it out, where the mesh is explicit.
+
+    The zeros that an optimizer starts with may not lie there yet.
+    """
+    layout = kind.sharding
+    if layout is None or jax.typeof(leaf).sharding == layout:
+        return leaf
+    if jax.sharding.AxisType.Explicit not in layout.mesh.axis_types:
+        return leaf
+    return jax.sharding.reshard(leaf, layout)

@@ -4,6 +4,8 @@ NNX shows `init` and `update` different trees of one network, so nothing but a p
 be carried from one to the other.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -1,5 +1,7 @@
 """What comes after sparse training: other copies of the parameters, and fine-tuning."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,23 +20,25 @@ def finalize(params: PyTree, like: PyTree, *, where: Where = masks.weights) -> P
 
     θ̄ᵢ ← 0 where θᵢ = 0
 
-    For what no transform at the end of a chain can reach: an average of the parameters
+    Use it for copies that no transform reaches: an average of the parameters
     (`optax.incremental_update`), `optax.contrib.schedule_free_eval_params`, the slow
-    half of `optax.lookahead`, float32 masters of bfloat16 parameters.  All else, and
-    every dtype, stays as it is; a NaN where `like` is zero becomes zero.
+    half of `optax.lookahead`, float32 masters of bfloat16 parameters.
+
+    All other entries and every dtype stay.  A NaN where `like` is zero becomes zero.
 
     Args:
         params: the copy.
-        like: the parameters that were trained, or masks of their shapes (`False` where
-            a zero belongs); or the optimizer's state, if `sparsify` stored its masks
-            there.
-        where: which leaves are sparse, as it was given to `sparsify`.  Not used with a
-            state, which knows.
+        like: the parameters that were trained; or masks of their shapes, `False` for a
+            zero; or the optimizer's state, if it holds masks.
+        where: which leaves are sparse, by path and leaf, the same as in training; not
+            used with a state, which knows.
 
     Example:
+        >>> import jax.numpy as jnp
+        >>> import clipjax
         >>> trained = {"kernel": jnp.array([[3.0, 0.0]]), "bias": jnp.zeros(2)}
         >>> average = {"kernel": jnp.array([[2.5, 0.1]]), "bias": jnp.ones(2)}
-        >>> finalize(average, like=trained)
+        >>> clipjax.finalize(average, like=trained)
         {'bias': Array([1., 1.], dtype=float32),
          'kernel': Array([[2.5, 0. ]], dtype=float32)}
     """

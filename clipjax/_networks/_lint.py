@@ -4,6 +4,8 @@ A transform is a pair of closures, but what it remembers is not: the state of a 
 the tuple of its members' states, in their order, and that of a wrapper holds its inner.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
@@ -108,10 +110,13 @@ def lint(tx: Any, params: PyTree = None) -> list[Finding]:
             of the leaves; by default a kernel and a bias.
 
     Example:
-        >>> from clipjax import sparsify
-        >>> lint(optax.chain(optax.adam(1e-3), sparsify(0.5)))
+        >>> import optax
+        >>> import clipjax
+        >>> clipjax.lint(optax.chain(optax.adam(1e-3), clipjax.sparsify(0.5)))
         []
-        >>> for finding in lint(optax.chain(sparsify(0.5), optax.scale(0.1))):
+        >>> for finding in clipjax.lint(
+        ...     optax.chain(clipjax.sparsify(0.5), optax.scale(0.1))
+        ... ):
         ...     print(finding)
         1: EmptyState follows the projection, whose zeros it may move. Put the
         projection last.

@@ -1,5 +1,7 @@
 """What the transforms of a chain measured, read from the optimizer's state."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax
@@ -11,36 +13,39 @@ from .._core import trees
 def metrics(opt_state: PyTree) -> dict[str, Array]:
     """Returns what clipjax's transforms measured in the last step, as a flat dict.
 
-    | key                 | of the last step, if not said otherwise                    |
+    | key                 | meaning                                                    |
     | ------------------- | ---------------------------------------------------------- |
     | `norm`              | global norm of the update before the clip                  |
-    | `clipped_norm`      | and after it                                               |
+    | `clipped_norm`      | global norm of the update after the clip                   |
     | `threshold`         | the bound that was in force                                |
     | `clipped_share`     | share of all steps so far that were clipped                |
     | `nonfinite_steps`   | number of all steps so far with a NaN or an infinity       |
     | `sparsity`          | share of zeros in all leaves that are made sparse          |
-    | `sparsity/<path>`   | and in each of them                                        |
+    | `sparsity/<path>`   | share of zeros in each of them                             |
 
-    Nothing is computed anew, so it costs nothing, inside `jax.jit` and outside of it.
-    Norm and threshold are those of the last step that was finite.  A clip by another
-    norm than the Euclidean, by `norms.inf_norm` or `norms.spectral_norm`, reports the
-    largest such norm of what it measures as `norm` and `clipped_norm`.  Where two
-    transforms of a chain measure the same, each key is preceded by the place of its
-    state, as in `0/norm`.  A state without transforms of ours gives an empty dict.
+    Use it to log a training, inside `jax.jit` or outside: it only reads the state, and
+    computes nothing anew.
+
+    Norm and threshold are those of the last step that was finite.  A clip by
+    `norms.inf_norm` or `norms.spectral_norm` reports the largest such norm of its parts
+    as `norm` and `clipped_norm`.  If two transforms of a chain measure the same, the
+    place of their state precedes each key, as in `0/norm`.  A state without transforms
+    of clipjax gives an empty dict.
 
     Args:
         opt_state: the state of any optimizer, or `optimizer.opt_state` of an
             `nnx.Optimizer`.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> import optax
-        >>> from clipjax import clip_by_global_norm
-        >>> tx = optax.chain(clip_by_global_norm(1.0), optax.sgd(0.1))
+        >>> import clipjax
+        >>> tx = optax.chain(clipjax.clip_by_global_norm(1.0), optax.sgd(0.1))
         >>> params = {"w": jnp.array([3.0, 4.0])}
         >>> _, state = tx.update(params, tx.init(params), params)
-        >>> {name: float(value) for name, value in metrics(state).items()}
-        {'norm': 5.0, 'clipped_norm': 1.0, 'threshold': 1.0, 'clipped_share': 1.0, \
-'nonfinite_steps': 0.0}
+        >>> {name: float(value) for name, value in clipjax.metrics(state).items()}
+        {'norm': 5.0, 'clipped_norm': 1.0, 'threshold': 1.0, 'clipped_share': 1.0,
+        'nonfinite_steps': 0.0}
     """
     found = [
         (trees.path(keys).removesuffix("/clip"), dict(_plain(state).measured()))

@@ -1,5 +1,7 @@
 """Pruning in one call, outside of training."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,32 +24,36 @@ def prune(
     where: Where = masks.weights,
     axis_name: AxisName = None,
 ) -> PyTree:
-    """Sets all but the parameters with the highest scores to zero, once.
+    """Keeps the highest-scoring parameters and sets the rest to zero, once.
 
     θᵢ ← 0 where mᵢ = 0, m = pattern(score(θ), s)
 
-    For a network that has been trained, or before the training of one that
-    `clipjax.sparsify` or a fixed mask then keeps sparse.  Dtypes, structure and
-    sharding stay.  A NaN ranks lowest, and becomes zero where it is not kept.
+    Use it after a training, or before one that `constraints.keep_zeros` keeps sparse.
+
+    Dtypes, structure and sharding stay.  A NaN ranks lowest, and becomes zero where it
+    is not kept.
 
     Args:
         params: the parameters.
-        sparsity: s in [0, 1], the share of zeros in all selected leaves together; may
-            be traced.  At least that share is zero, unless the floors of the allocation
-            ask for more entries.
-        score: a function of a parameter and `None`, or a tree of scores such as
-            `scores.snip` returns; what it has no scores for stays dense.
-        pattern: in what shape zeros come, from `patterns`, or a function from path and
+        sparsity: s in [0, 1], the share of zeros in all selected leaves together; a
+            number or a traced value.  At least that share is zero, unless the floors of
+            the allocation keep more.
+        score: a function of a parameter and `None` that returns the score of every
+            entry; or a tree of scores, such as `scores.snip` returns.  Leaves without
+            a score stay dense.
+        pattern: in what shape zeros come, from `patterns`; or a function from path and
             leaf to a pattern.
         allocation: how the leaves share the sparsity, from `allocations`.
-        where: which leaves are pruned, by path and leaf; floating leaves of rank 2 or
-            more that are no bias, scale or embedding.
+        where: which leaves are made sparse, by path and leaf; by default floating
+            leaves of rank 2 or more that are no bias, scale or embedding.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split;
-            along their first axis, where the allocation asks for shapes.
+            along their first axis, where the allocation reads shapes.
 
     Example:
+        >>> import jax.numpy as jnp
+        >>> import clipjax
         >>> params = {"kernel": jnp.array([[3.0, -1.0], [2.0, -4.0]])}
-        >>> prune(params, 0.5)["kernel"]
+        >>> clipjax.prune(params, 0.5)["kernel"]
         Array([[ 3.,  0.],
                [ 0., -4.]], dtype=float32)
     """

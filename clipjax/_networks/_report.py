@@ -1,5 +1,7 @@
 """What a model is made of: a table of its parameters."""
 
+from __future__ import annotations
+
 import dataclasses
 import html
 from typing import NamedTuple
@@ -72,17 +74,18 @@ class Report:
 
 
 def report(params: PyTree) -> Report:
-    """Returns a table of the parameters of a network: size, zeros, bytes.
+    """Returns a table of the parameters of a network: entries, zeros, bytes.
 
-    Zeros are counted on the host, so this is for the end of a training, not for its
-    loop.  Bytes are those of the dense arrays.
+    Use it at the end of a training, not in its loop: zeros are counted on the host.
+    Bytes are those of the dense arrays.
 
     Args:
         params: a Linen tree, an NNX module or state, or any tree of arrays.
 
     Example:
         >>> import jax.numpy as jnp
-        >>> report({"Dense_0": {"kernel": jnp.array([[1.0, 0.0], [0.0, 0.0]])}})
+        >>> import clipjax
+        >>> clipjax.report({"Dense_0": {"kernel": jnp.array([[1.0, 0.0], [0.0, 0.0]])}})
         path            shape  dtype    entries  non-zeros  sparsity  bytes
         ───────────────────────────────────────────────────────────────────
         Dense_0/kernel  2×2    float32        4          1    75.0 %     16

@@ -1,5 +1,7 @@
 """Sparse from the first step on: masks that start at random, and may move."""
 
+from __future__ import annotations
+
 import jax.numpy as jnp
 import optax
 
@@ -23,30 +25,36 @@ def static_sparse(
     elementwise: bool = False,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Trains a random part of the network, the same from the first step to the last.
+    """Trains a random part of the parameters, the same part from first step to last.
 
     m = the k highest of random scores;  u ← inner(m⊙g, m⊙θ),  uᵢ ← -θᵢ where mᵢ = 0
 
-    The baseline for `rigl` and the others, and strong with more width.  Masks depend on
-    the key and on the paths and shapes of leaves, but not on devices.  What is said of
-    `inner` and of exact zeros in `sparse` holds here too.
+    Use it as the baseline for `rigl`, and for wide networks, where it is strong.
+
+    Masks are the same on every mesh, except inside `jax.shard_map`.  What `sparse` says
+    of `inner` and of exact zeros holds here too.
 
     Args:
-        inner: the optimizer, or any chain with it; extra arguments are passed on.
+        inner: the optimizer, or a chain with it; extra arguments are passed on to it.
         sparsity: s in [0, 1], the share of zeros in all selected leaves together; a
             number or a traced value.
-        key: of the random masks.
-        allocation: how the leaves share the sparsity, from `allocations`; by shapes,
-            since there are no scores yet.
-        where: which leaves are made sparse, by path and leaf.
-        storage: how a mask is kept between two steps.
-        elementwise: the promise that `inner` treats each entry by itself; see `sparse`.
+        key: the key of the random masks.
+        allocation: how the leaves share the sparsity, from `allocations`; one that
+            reads shapes, since there are no scores yet.
+        where: which leaves are made sparse, by path and leaf; by default floating
+            leaves of rank 2 or more that are no bias, scale or embedding.
+        storage: how a mask is kept between two steps, from `masks`.
+        elementwise: the promise that `inner` treats each entry by itself, as in
+            `sparse`.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split;
-            along their first axis, where the allocation asks for shapes.
+            along their first axis, where the allocation reads shapes.
 
     Example:
         >>> import jax
-        >>> tx = static_sparse(optax.sgd(0.1), 0.75, key=jax.random.key(0))
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> import clipjax
+        >>> tx = clipjax.static_sparse(optax.sgd(0.1), 0.75, key=jax.random.key(0))
         >>> params = {"kernel": jnp.ones((2, 4))}
         >>> updates, state = tx.update(params, tx.init(params), params)
         >>> (optax.apply_updates(params, updates)["kernel"] == 0).sum()
@@ -77,45 +85,51 @@ def rigl(
     elementwise: bool = False,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Moves connections to where the gradient is large (RigL).
+    """Trains sparse from the start, and moves connections to large gradients (RigL).
 
     Every ΔT steps while t < T = stop·total_steps, in each layer with k connections:
     drop the ⌊f·k⌋ with the smallest |θ|, f = α/2·(1 + cos(πt/T)), then grow as many
     elsewhere, those with the largest |g|.
 
-    The first mask is random.  Grown connections start at zero and with the moments that
-    `inner.init` gives; those that are dropped and grown at once keep both.  The paper
-    gives the step of a move to nothing else; here `inner` takes it too, with the new
-    masks, so no batch is lost.  Between two moves gradients of what is pruned are read
-    by nobody, and the number of connections of every layer is exact at all times.
+    Use it where no dense network fits: gradients of pruned entries are read only in the
+    steps that move connections, and every layer has its exact number at all times.
 
-    A grown connection is zero until its first step, and so masks are always stored.  A
-    step with a NaN or an infinity in the gradients of the selected leaves moves
-    nothing; the move stays due, also if a wrapper discards the step.  What is said of
-    `inner` and of exact zeros in `sparse` holds here too.
+    The first mask is random.  A grown connection starts at zero, with the moments of
+    `inner.init`; one that is dropped and grown at once keeps value and moments.  In the
+    paper the step of a move trains nothing; here `inner` takes it too, with the new
+    masks.  Masks are always stored, since a grown connection is zero until its first
+    step.  A step with a NaN or an infinity in the gradients of the selected leaves
+    moves nothing; the move is made up for, also if a wrapper discards the step.  What
+    `sparse` says of `inner` and of exact zeros holds here too.
 
     Args:
-        inner: the optimizer, or any chain with it; extra arguments are passed on.
+        inner: the optimizer, or a chain with it; extra arguments are passed on to it.
         sparsity: s in [0, 1], the share of zeros in all selected leaves together; a
             number, a traced value or a schedule.
-        total_steps: of the whole training.
-        key: of the first mask.
-        every: ΔT ≥ 1, steps between two moves, rounded down; or a schedule of them.
-        drop_fraction: α in [0, 1], or a schedule of it.
-        stop: after which share of the training masks stay as they are.
-        allocation: how the leaves share the sparsity, from `allocations`; by shapes,
-            since there are no scores yet.
-        where: which leaves are made sparse, by path and leaf; floating leaves of rank 2
-            or more that are no bias, scale or embedding.
-        storage: how a mask is kept between two steps.
-        elementwise: the promise that `inner` treats each entry by itself; see `sparse`.
+        total_steps: the number of steps of the whole training.
+        key: the key of the first mask.
+        every: ΔT ≥ 1, the number of steps between two moves, rounded down; or a
+            schedule of it.
+        drop_fraction: α in [0, 1], the first share of connections that move; or a
+            schedule of it.
+        stop: the share of the training after which masks stay as they are.
+        allocation: how the leaves share the sparsity, from `allocations`; one that
+            reads shapes, since there are no scores yet.
+        where: which leaves are made sparse, by path and leaf; by default floating
+            leaves of rank 2 or more that are no bias, scale or embedding.
+        storage: how a mask is kept between two steps, from `masks`.
+        elementwise: the promise that `inner` treats each entry by itself, as in
+            `sparse`.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split;
-            along their first axis, where the allocation asks for shapes.
+            along their first axis, where the allocation reads shapes.
 
     Example:
         >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> import clipjax
         >>> key = jax.random.key(0)
-        >>> tx = rigl(
+        >>> tx = clipjax.rigl(
         ...     optax.sgd(1.0), 0.75, total_steps=99, key=key, every=2, drop_fraction=1
         ... )
         >>> update = jax.jit(tx.update)

@@ -7,6 +7,8 @@ then, since moments that pass through a branch unchanged are not copied if the s
 donated, or carried by a scan.
 """
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp

@@ -4,6 +4,8 @@ Numbers of entries are exact, and nothing is sorted.  A dropped entry may grow a
 once, as in the published code; it then keeps its value.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import zlib
 from collections.abc import Callable

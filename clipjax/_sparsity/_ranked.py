@@ -1,5 +1,7 @@
 """Masks by rank: the highest scores are kept."""
 
+from __future__ import annotations
+
 import dataclasses
 from typing import NamedTuple
 

@@ -1,5 +1,7 @@
 """Sparsity around an optimizer, from which it hides what is pruned."""
 
+from __future__ import annotations
+
 import optax
 
 from .. import allocations, masks, patterns, scores
@@ -22,59 +24,62 @@ def sparse(
     elementwise: bool = False,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Trains with all but the parameters with the highest scores at zero, exactly.
+    """Keeps the highest-scoring parameters, and hides the rest from the optimizer.
 
     m = pattern(score(θ, g), s(t)),  u ← inner(m⊙g, m⊙θ),  uᵢ ← -θᵢ where mᵢ = 0
 
-    `sparsify` around a whole optimizer instead of behind it.  Scores see the raw
-    gradient.  `inner` sees zeros where parameters are pruned, and with a new mask it
-    forgets what this or the last one hides: that memory is again what `inner.init`
-    makes it, so a parameter that returns starts anew.  (So does one that is exactly
-    zero.)  Between two masks the memory of what is pruned stays as it is with every
-    optimizer that leaves it alone where gradient and parameter are zero, as Adam and
-    momentum do, and counts in no norm; centralized gradients and noise do move it.
+    Use it in place of `sparsify` where scores should see raw gradients, or where pruned
+    parameters should leave no trace in moments and norms.  It wraps the optimizer;
+    nothing may follow it in the chain.
 
-    Nothing of `inner` is known for that: its memory of a parameter are the floating
-    arrays of its state that have the parameter's shape and a path that ends in the
-    parameter's.  Other shapes, such as Adafactor's means of rows and columns or the
-    vector of `optax.flatten`, are left alone: they fade, since they too see zeros.
+    `inner` sees zeros where parameters are pruned.  With a new mask, what `inner`
+    remembers of entries that this mask or the last one prunes is reset to its state
+    after `inner.init`: an entry that returns starts anew.  (So does a kept one that is
+    exactly zero.)  Between two masks Adam and momentum leave these memories alone;
+    centralized gradients and noise move them.
 
-    If each entry of `inner`'s update depends on that entry alone, and all that it
-    remembers of it lies in such arrays, as with SGD, Adam, AdamW or Lion,
-    `elementwise=True` gives the same parameters sooner: `inner` then sees everything,
-    and what it remembers of pruned entries means nothing, and is NaN after a NaN there,
-    until they return.  Not for a clip of a norm, `optax.apply_if_finite`, Adafactor,
-    LAMB or Muon, which would feel what is pruned, nor for `optax.flatten`.
+    The memory of a parameter is found by shape and path: the floating arrays in the
+    state of `inner` that have the parameter's shape and whose path ends in the
+    parameter's.  Others, such as Adafactor's means of rows and columns or the vector of
+    `optax.flatten`, are not reset: they fade, since they too see zeros.
 
-    Donate the state (`jax.jit(step, donate_argnums=...)`) or step inside a scan, or
-    XLA copies the moments in every step.
+    `elementwise=True` is faster, and gives the same parameters, if each entry of the
+    update of `inner` depends on that entry alone and its memory is found as above: SGD,
+    Adam, AdamW, Lion.  `inner` then sees everything, and its memory of a pruned entry
+    means nothing (it may be NaN) until the entry returns.  Do not use it with a clip by
+    norm, `optax.apply_if_finite`, Adafactor, LAMB, Muon or `optax.flatten`.
 
-    `optax.apply_updates` then gives exact zeros, so long as nothing follows in the
-    chain.  Masks, their storage, dtypes and the step at which they are due are those of
-    `sparsify`, with one exception: a step whose gradients of the selected leaves hold a
-    NaN or an infinity makes no mask.  The mask stays due.
+    Masks, storage, dtypes and due steps are those of `sparsify`, but a step with a NaN
+    or an infinity in the gradient of a selected leaf makes no mask; the next one does.
 
-    Memory beside that of `inner`: one bit a parameter or none, by `storage`.
+    Donate the state (`jax.jit(step, donate_argnums=...)`) or step inside a scan, or XLA
+    copies the moments in every step.
 
     Args:
-        inner: the optimizer, or any chain with it; extra arguments are passed on.
+        inner: the optimizer, or a chain with it; extra arguments are passed on to it.
         sparsity: s in [0, 1], the share of zeros in all selected leaves together; a
             number, a traced value or a schedule.
-        score: a function of a parameter and its gradient, the highest to keep, or a
-            value that remembers, such as `scores.Movement(gradients=True)`.
-        pattern: in what shape zeros come, from `patterns`.
+        score: a function of a parameter and its gradient that returns the score of
+            every entry; or one that remembers, such as
+            `scores.Movement(gradients=True)`.
+        pattern: in what shape zeros come, from `patterns`; or a function from path and
+            leaf to a pattern: the leaves of each pattern then meet the sparsity by
+            themselves.
         allocation: how the leaves share the sparsity, from `allocations`.
-        every: steps between two masks, ≥ 1, rounded down; or a schedule of them.
-        where: which leaves are made sparse, by path and leaf; floating leaves of rank 2
-            or more that are no bias, scale or embedding.
-        storage: how a mask is kept between two steps.
+        every: the number of steps between two masks, ≥ 1, rounded down; or a schedule
+            of it.
+        where: which leaves are made sparse, by path and leaf; by default floating
+            leaves of rank 2 or more that are no bias, scale or embedding.
+        storage: how a mask is kept between two steps, from `masks`.
         elementwise: the promise that `inner` treats each entry by itself.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split;
-            along their first axis, where the allocation asks for shapes.
+            along their first axis, where the allocation reads shapes.
 
     Example:
         >>> import jax.numpy as jnp
-        >>> tx = sparse(optax.sgd(0.5, momentum=0.9), 0.5)
+        >>> import optax
+        >>> import clipjax
+        >>> tx = clipjax.sparse(optax.sgd(0.5, momentum=0.9), 0.5)
         >>> params = {"kernel": jnp.array([[3.0, -1.0], [2.0, -4.0]])}
         >>> grads = {"kernel": jnp.ones((2, 2))}
         >>> updates, state = tx.update(grads, tx.init(params), params)

@@ -1,5 +1,7 @@
 """Parameters that come out exactly sparse: the projection at the end of a chain."""
 
+from __future__ import annotations
+
 import optax
 
 from .. import allocations, masks, patterns, scores
@@ -21,53 +23,55 @@ def sparsify(
     storage: masks.Storage = masks.Bits(),
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Sets all but the parameters with the highest scores to zero, exactly.
+    """Keeps the highest-scoring parameters and sets the rest to exactly zero.
 
     uᵢ ← -θᵢ where mᵢ = 0, m = pattern(score(θ, u), s(t))
 
-    Stands last in the chain: `optax.apply_updates` then gives θ + (-θ) = 0.0, bit for
-    bit, in every dtype.  Whatever follows it in the chain would move the zeros.
+    Use it last in a chain: `optax.apply_updates` then gives θ + (-θ) = 0.0, bit for
+    bit, in every dtype.  Anything after it in the chain would move the zeros.
 
-    A mask is made from the parameters as they are at the start of a step, and holds
-    until `every` steps are over.  It is due until it is made: a step that a wrapper
-    discards is made up for.  With a magnitude score a pruned entry stays pruned, unless
-    the sparsity falls.  A NaN parameter ranks lowest but cannot be repaired, since
-    NaN + (-NaN) is NaN.
+    A mask is made from the parameters at the start of a step, and is used until `every`
+    steps are over.  If a wrapper discards the step that makes a mask, the next step
+    makes it.  With a magnitude score a pruned entry stays pruned unless the sparsity
+    falls.  A NaN ranks lowest, but NaN + (-NaN) is NaN: it stays NaN.
 
-    Under `jax.vmap` a mask is searched for in every step, since both branches of a
-    condition run; use `jax.lax.map` for a population with a large `every`.
+    An update that is narrower than its parameter is returned in the parameter's dtype,
+    since a rounded -θ would not cancel θ.  `optax.apply_if_finite` refuses such a
+    change of dtype: cast the gradients before the chain.
 
-    Memory beside the parameters, and beside what the score remembers: one bit a
-    parameter with `storage=masks.Bits()`, none with `masks.Zeros()`.  The two differ
-    only for entries that are kept and exactly zero: without a stored mask these stay at
-    zero until the next is made.  On a mesh with explicit axes, a leaf whose last axis
-    is split into pieces that are no multiple of eight stores a byte an entry; with
-    automatic axes, its bits are gathered.
+    State beside the score's memory: one bit a parameter with `masks.Bits()`, one byte
+    with `masks.Booleans()`, nothing with `masks.Zeros()`.  With the last, a kept entry
+    that is exactly zero stays zero until the next mask.  On a mesh with explicit axes,
+    a leaf whose last axis is split into pieces that are no multiple of eight takes a
+    byte an entry; with automatic axes, its bits are gathered.
 
-    An update narrower than its parameter leaves in the parameter's dtype, since a
-    rounded -θ would not cancel θ.  `optax.apply_if_finite` refuses such a change of
-    dtype; cast the gradients before the chain.
+    Under `jax.vmap` both branches of a condition run, so every step searches for a
+    mask: use `jax.lax.map` for a population with a large `every`.
 
     Args:
         sparsity: s in [0, 1], the share of zeros in all selected leaves together; a
             number, a traced value or a schedule.  At least that share is zero, unless
-            the floors of the allocation ask for more entries.
-        score: a function of a parameter and its update, the highest to keep; or one
-            with a memory, such as `scores.Movement()`, which takes in every step but
-            those with an update that is not finite.
+            the floors of the allocation keep more.
+        score: a function of a parameter and its update that returns the score of every
+            entry, from `scores`; or one that remembers, such as `scores.Movement()`,
+            which sees every step whose update is finite.
         pattern: in what shape zeros come, from `patterns`; or a function from path and
-            leaf to a pattern, whose leaves then meet the sparsity by themselves.
+            leaf to a pattern: the leaves of each pattern then meet the sparsity by
+            themselves.
         allocation: how the leaves share the sparsity, from `allocations`.
-        every: steps between two masks, ≥ 1, rounded down; or a schedule of them.
-        where: which leaves are made sparse, by path and leaf; floating leaves of rank 2
-            or more that are no bias, scale or embedding.
-        storage: how a mask is kept between two steps.
+        every: the number of steps between two masks, ≥ 1, rounded down; or a schedule
+            of it.
+        where: which leaves are made sparse, by path and leaf; by default floating
+            leaves of rank 2 or more that are no bias, scale or embedding.
+        storage: how a mask is kept between two steps, from `masks`.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split;
-            along their first axis, where the allocation asks for shapes.
+            along their first axis, where the allocation reads shapes.
 
     Example:
         >>> import jax.numpy as jnp
-        >>> tx = optax.chain(optax.sgd(0.5), sparsify(0.5))
+        >>> import optax
+        >>> import clipjax
+        >>> tx = optax.chain(optax.sgd(0.5), clipjax.sparsify(0.5))
         >>> params = {"kernel": jnp.array([[3.0, -1.0], [2.0, -4.0]])}
         >>> grads = {"kernel": jnp.ones((2, 2))}
         >>> updates, state = tx.update(grads, tx.init(params), params)

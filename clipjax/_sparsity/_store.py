@@ -1,5 +1,7 @@
 """Masks between two steps: which leaves have one, how it is kept, when it is due."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple

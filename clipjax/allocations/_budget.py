@@ -1,5 +1,7 @@
 """What an allocation is, and the exact numbers that all of ours are made of."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Sequence
 from typing import Any

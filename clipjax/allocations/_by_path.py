@@ -1,5 +1,7 @@
 """Allocations that tell arrays apart by their paths."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable, Sequence
 
@@ -31,7 +33,10 @@ def by_path(function: SparsityByPath, *, floor: int = 1) -> Allocation:
         floor: entries that every array keeps.
 
     Example:
-        >>> mine = by_path(lambda path, sparsity: 0.4 if "head" in path else sparsity)
+        >>> import clipjax
+        >>> mine = clipjax.allocations.by_path(
+        ...     lambda path, sparsity: 0.4 if "head" in path else sparsity
+        ... )
         >>> mine(["body", "head"], [(10, 10), (10, 10)], 0.8)
         Array([20, 60], dtype=int32)
     """
@@ -67,7 +72,8 @@ def excluding(dense: DenseByPath, allocation: Allocation = uniform) -> Allocatio
             asked at s = 1 as well.
 
     Example:
-        >>> mine = excluding(lambda path, shape: path == "head")
+        >>> import clipjax
+        >>> mine = clipjax.allocations.excluding(lambda path, shape: path == "head")
         >>> mine(["body", "head"], [(100,), (10,)], 0.8)
         Array([12, 10], dtype=int32)
     """

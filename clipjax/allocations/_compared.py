@@ -4,6 +4,8 @@ Whoever ranks entries need not find out first how many of each array are kept: `
 says which arrays are compared, so that one search marks the entries.
 """
 
+from __future__ import annotations
+
 import abc
 import dataclasses
 import functools
@@ -149,8 +151,10 @@ def global_(
         floor: entries that every array keeps.
 
     Example:
+        >>> import jax.numpy as jnp
+        >>> import clipjax
         >>> scores = [jnp.array([3.0, 4.0, 5.0]), jnp.array([0.3, 0.4, 9.0])]
-        >>> global_(["a", "b"], [(3,), (3,)], 0.5, scores)
+        >>> clipjax.allocations.global_(["a", "b"], [(3,), (3,)], 0.5, scores)
         Array([2, 1], dtype=int32)
     """
     return _Compared(None, floor)(paths, shapes, sparsity, scores)
@@ -170,12 +174,14 @@ def normalized(power: Number = 1.0, *, floor: int = 1) -> Allocation:
         floor: entries that every array keeps.
 
     Example:
+        >>> import jax.numpy as jnp
+        >>> import clipjax
         >>> scores = [jnp.array([3.0, 4.0, 5.0]), jnp.array([0.3, 0.4, 0.5])]
-        >>> global_(["a", "b"], [(3,), (3,)], 0.5, scores)
+        >>> clipjax.allocations.global_(["a", "b"], [(3,), (3,)], 0.5, scores)
         Array([2, 1], dtype=int32)
-        >>> normalized(0.0)(["a", "b"], [(3,), (3,)], 0.3, scores)
+        >>> clipjax.allocations.normalized(0.0)(["a", "b"], [(3,), (3,)], 0.3, scores)
         Array([3, 1], dtype=int32)
-        >>> normalized()(["a", "b"], [(3,), (3,)], 0.3, scores)
+        >>> clipjax.allocations.normalized()(["a", "b"], [(3,), (3,)], 0.3, scores)
         Array([2, 2], dtype=int32)
     """
     check.number(power=power)

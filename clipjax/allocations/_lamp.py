@@ -5,6 +5,8 @@ is all above some threshold, and it is enough to find the thresholds.  All array
 searched at once: one pass counts, and sums squares, at a few thresholds of each array.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
@@ -43,8 +45,12 @@ def lamp(*, floor: int = 1) -> Allocation:
         floor: entries that every array keeps.
 
     Example:
+        >>> import jax.numpy as jnp
+        >>> import clipjax
         >>> scores = [jnp.array([4.0, 3.0, 3.0]), jnp.array([0.3, 0.4, 0.001])]
-        >>> lamp()(["a", "b"], [(3,), (3,)], 0.5, scores)  # a: 1 .26 .26 and .36 1 0
+        >>> clipjax.allocations.lamp()(
+        ...     ["a", "b"], [(3,), (3,)], 0.5, scores
+        ... )  # a: 1 .26 .26 and .36 1 0
         Array([1, 2], dtype=int32)
 
     Reference:

@@ -1,5 +1,7 @@
 """Allocations that shapes alone decide."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 
@@ -32,7 +34,8 @@ def uniform(
         floor: entries that every array keeps.
 
     Example:
-        >>> uniform(["a", "b"], [(10, 10), (4,)], 0.9)
+        >>> import clipjax
+        >>> clipjax.allocations.uniform(["a", "b"], [(10, 10), (4,)], 0.9)
         Array([10,  1], dtype=int32)
     """
     del paths, scores
@@ -65,7 +68,10 @@ def erdos_renyi(
         floor: entries that every array keeps.
 
     Example:
-        >>> erdos_renyi(["conv", "dense"], [(3, 3, 10, 10), (100, 10)], 0.9)
+        >>> import clipjax
+        >>> clipjax.allocations.erdos_renyi(
+        ...     ["conv", "dense"], [(3, 3, 10, 10), (100, 10)], 0.9
+        ... )
         Array([117,  73], dtype=int32)
 
     Reference:
@@ -102,7 +108,10 @@ def erdos_renyi_kernel(
         floor: entries that every array keeps.
 
     Example:
-        >>> erdos_renyi_kernel(["a", "b"], [(300, 100), (100, 10)], 0.9)
+        >>> import clipjax
+        >>> clipjax.allocations.erdos_renyi_kernel(
+        ...     ["a", "b"], [(300, 100), (100, 10)], 0.9
+        ... )
         Array([2432,  668], dtype=int32)
 
     Reference:

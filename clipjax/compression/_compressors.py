@@ -4,6 +4,8 @@ A compressor is a function of leaves by path, the step and the mesh axes over wh
 leaves are split.  What it leaves out it may forget: the feedback keeps it.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 
 import jax
@@ -47,7 +49,9 @@ def top_k(
             entries of all leaves.
 
     Example:
-        >>> compress = top_k(0.75)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> compress = clipjax.compression.top_k(0.75)
         >>> compress({"w": jnp.array([1.0, -3.0, 2.0, 0.5])}, jnp.int32(0))
         {'w': Array([ 0., -3.,  0.,  0.], dtype=float32)}
 
@@ -83,7 +87,10 @@ def random_k(
         allocation: how leaves share the sparsity, from `allocations`.
 
     Example:
-        >>> compress = random_k(0.75, jax.random.key(0))
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> compress = clipjax.compression.random_k(0.75, jax.random.key(0))
         >>> leaves = {"w": jnp.ones(8)}
         >>> sent = [compress(leaves, jnp.int32(step))["w"] for step in range(2)]
         >>> [int(x.sum()) for x in sent], bool((sent[0] == sent[1]).all())
@@ -126,7 +133,9 @@ def sign(
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> sign({"w": jnp.array([1.0, -2.0, 6.0])})
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.compression.sign({"w": jnp.array([1.0, -2.0, 6.0])})
         {'w': Array([ 3., -3.,  3.], dtype=float32)}
 
     Reference:

@@ -1,5 +1,7 @@
 """What devices compress of their updates, keep of it, and exchange."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

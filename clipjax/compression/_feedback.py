@@ -3,6 +3,8 @@
 It belongs where gradients are still those of one device, before their mean is taken.
 """
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -33,35 +35,36 @@ def error_feedback(
 
     u′ₜ = C(β·eₜ + uₜ), eₜ₊₁ = β·eₜ + uₜ - u′ₜ, e₁ = 0
 
-    With β = 1 all that went in has come out or is still held: Σu′ + e = Σu, up to
-    rounding in float32.  That includes what rounding to a narrow dtype takes off.
+    Use it before the optimizer, inside `jax.shard_map`, where each device has the
+    gradient of its own examples.  With `mean_over` each device compresses its own
+    gradient and keeps its own residual e; the mean of the compressed ones goes on.  The
+    arrays that are averaged are dense: to save bytes, the network has to encode zeros.
+    Under plain `jax.jit` gradients arrive as means: then this compresses the mean.
 
-    Stands before the optimizer, and is what it says only inside `jax.shard_map`, where
-    every device has the gradient of its own examples: with `mean_over` each device
-    compresses its own and keeps its own residual, and the mean of what was sent goes
-    on.  The arrays that are averaged are dense, whatever is zero in them: what their
-    encoding would save is for the network to realise.  Under plain `jax.jit` gradients
-    arrive as means: then this compresses the mean, and saves no bytes at all.
+    With β = 1 whatever went in has come out or is still held: Σu′ + e = Σu, up to
+    rounding in float32.  What rounding to a narrow dtype takes off is held too.
 
-    There JAX adds up the gradients of all devices by itself, unless it is given
-    `check_vma=False`, or parameters that are made varying before the gradient is taken:
-    `jax.lax.pcast(params, axes, to="varying")`.  Outside of `jax.shard_map` the
-    residual has an axis more, the devices.
+    Inside `jax.shard_map` JAX adds up the gradients of all devices by itself, unless it
+    gets `check_vma=False`, or parameters that vary before the gradient is taken:
+    `jax.lax.pcast(params, axes, to="varying")`.  Outside of it the residual has one
+    more axis, the devices.
 
-    An update with a NaN or an infinity passes as it is, and no device changes its
+    An update with a NaN or an infinity passes unchanged, and no device changes its
     residual.  Sums beyond a dtype's range stay at its end.
 
     Args:
-        compress: such as `top_k(0.99)`, or any function as `Compressor` describes.
-        decay: β in [0, 1], how much of the residual is added; a number, a traced value
-            or a schedule.
+        compress: the compressor, such as `top_k(0.99)`, or a function of your own as
+            `Compressor` describes it.
+        decay: β in [0, 1], the share of the residual that is added; a number, a traced
+            value or a schedule.
         mean_over: the mesh axes whose devices have gradients of their own; `None` if
-            there are none, or the mean is taken elsewhere.
+            there are none, or if the mean is taken elsewhere.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> from clipjax import compression as compressors
-        >>> tx = error_feedback(compressors.top_k(0.5))
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> tx = clipjax.compression.error_feedback(clipjax.compression.top_k(0.5))
         >>> state = tx.init(jnp.zeros(2))
         >>> for _ in range(3):
         ...     u, state = tx.update(jnp.array([3.0, 2.0]), state)

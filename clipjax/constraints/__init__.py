@@ -1,4 +1,4 @@
-"""What parameters must obey while they train on."""
+"""Constraints that parameters keep while they train on."""
 
 from ._keep_zeros import keep_zeros
 

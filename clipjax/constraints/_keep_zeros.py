@@ -1,5 +1,7 @@
 """Fine-tuning without losing what a network was given."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -23,21 +25,25 @@ class KeepZerosState(NamedTuple):
 def keep_zeros(
     *, where: Where = masks.weights
 ) -> optax.GradientTransformationExtraArgs:
-    """Lets what is zero stay zero, for fine-tuning a model that is sparse already.
+    """Lets parameters that are zero stay zero.
 
     uᵢ ← 0 where θᵢ = 0
 
-    Stands last in the chain.  Nothing is stored and nothing is ranked: a parameter is
-    pruned if it is 0.0 when its update arrives, whatever the update holds, NaN too.  So
-    one that arrives at exactly zero by itself is pruned from then on.  The dtype of an
-    update stays as it is.
+    Use it last in a chain, to fine-tune a model that is sparse already.
+
+    Nothing is stored or ranked: a parameter that is 0.0 when its update arrives stays
+    0.0, whatever the update holds, NaN too.  So one that becomes exactly zero by itself
+    is pruned from then on.  The dtype of an update stays as it is.
 
     Args:
         where: which leaves are sparse, by path and leaf: the same as in training, and
-            not those that only start at zero, such as biases.
+            none that only starts at zero, such as a bias.
 
     Example:
-        >>> tx = optax.chain(optax.sgd(0.5), keep_zeros())
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> import clipjax
+        >>> tx = optax.chain(optax.sgd(0.5), clipjax.constraints.keep_zeros())
         >>> params = {"kernel": jnp.array([[3.0, 0.0]]), "bias": jnp.zeros(2)}
         >>> grads = {"kernel": jnp.ones((1, 2)), "bias": jnp.ones(2)}
         >>> updates, _ = tx.update(grads, tx.init(params), params)

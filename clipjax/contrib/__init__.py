@@ -1,6 +1,22 @@
-"""Published methods that few need: clips by history, ways to a sparse network, gates.
+"""Published methods that few need: correct and tested, but try a flat name first.
 
-Correct and tested as all else is, but not recommended before what has a flat name.
+| you want ...                              | use                                      |
+| ----------------------------------------- | ---------------------------------------- |
+| a clip by the norms of the past           | `autoclip`, `clip_by_percentile`,        |
+|                                           | `quantile_clip`, `zclip`, `adagc`,       |
+|                                           | `aggc`, `clip_by_moving_sigma`,          |
+|                                           | `spam_clip`, `stable_spam_clip`,         |
+|                                           | `gradient_stabilizer`                    |
+| the threshold that lowers the loss most   | `greedy_clip`                            |
+| attention logits below a threshold        | `qk_clip`                                |
+| to be sparse from the start, moved by     | `sparse_evolutionary` (SET),             |
+| chance or by momentum                     | `sparse_momentum` (SNFS)                 |
+| to prune in rounds, and rewind            | `rewinding`                              |
+| to alternate dense and sparse (AC/DC)     | `cyclic_schedule`                        |
+| gates that learn to shut                  | `gates`                                  |
+| to choose input features                  | `lassonet`, `selected_features`          |
+| zeros by dual averaging                   | `regularized_dual_averaging`             |
+| sparse gradients between devices          | `deep_gradient_compression`              |
 """
 
 from . import gates

@@ -4,6 +4,8 @@ Each is its paper's rule on the engine, with its paper's defaults; what it does 
 spikes and changes of level is in each docstring, and in a table of the benchmarks.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable
 
@@ -29,17 +31,20 @@ def autoclip(
 
     u ← u · T / max(T, n), T = Q_q(n₁, …, nₜ), the norm itself among them
 
-    With the default it clips nine steps of ten: closer to a normalization than to a
-    guard.  A spike comes out at the level of the others, but in the first steps passes
-    whole; a lasting rise is clipped for as long as the past is longer than it.
+    Use it as a normalization more than as a guard: the default clips nine steps of ten.
+
+    A spike comes out at the level of the others, but in the first steps it passes
+    whole.  A lasting rise is clipped for as long as the past before it was.
 
     Args:
         quantile: q in [0, 1], a number, a traced value or a schedule.
-        window: how many norms are remembered; the paper's memory has no end.  Static.
+        window: the number of norms that are remembered; in the paper, all.  Static.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> tx = autoclip(0.5)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> tx = clipjax.contrib.autoclip(0.5)
         >>> state = tx.init({"w": jnp.zeros(1)})
         >>> for norm in [1.0, 3.0, 9.0]:
         ...     updates, state = tx.update({"w": jnp.array([norm])}, state)
@@ -67,19 +72,23 @@ def clip_by_percentile(
 
     u ← u · T / max(T, n), T = Q_q(nₜ₋w₊₁, …, nₜ), the norm itself among them
 
-    What bitsandbytes offered as `percentile_clipping=5`, but for the start: while the
-    window fills, the quantile is that of what is there, and not of zeros, which stopped
-    training for some ninety steps.  The default clips 95 % of ordinary steps, and what
-    comes first passes whole; `quantile=0.9` clips a tenth, and follows a lasting rise
+    Use it for what bitsandbytes offered as `percentile_clipping=5`.  The default clips
+    95 % of ordinary steps; `quantile=0.9` clips a tenth, and follows a lasting rise
     within ten steps.
+
+    While the window fills, the quantile is that of the norms so far, and not of zeros
+    as there, which stopped training for some ninety steps.  The first step passes
+    whole.
 
     Args:
         quantile: q in [0, 1], a number, a traced value or a schedule.
-        window: w, how many norms are remembered; static.
+        window: w, the number of norms that are remembered.  Static.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> tx = clip_by_percentile(0.0)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> tx = clipjax.contrib.clip_by_percentile(0.0)
         >>> state = tx.init({"w": jnp.zeros(1)})
         >>> for norm in [3.0, 1.0, 9.0]:
         ...     updates, state = tx.update({"w": jnp.array([norm])}, state)
@@ -107,19 +116,24 @@ def quantile_clip(
 
     u ← u · T / max(T, n); then T ← T·exp(-η·(1[n ≤ T] - q))
 
-    One number of memory.  A spike moves the threshold no more than any other norm; the
-    default clips half of all ordinary steps, `quantile=0.9` a tenth.  A lasting rise by
-    f is followed in ln f / (η·q) steps, a fall in ln f / (η·(1-q)): of five spikes in a
-    row the last comes out at 1.5 times the level, or 2.5 with `quantile=0.9`.
+    Use it where one number of memory should do.  The default clips half of all ordinary
+    steps, `quantile=0.9` a tenth.
+
+    A spike moves the threshold no more than any other norm.  A lasting rise by f is
+    followed in ln f / (η·q) steps, a fall in ln f / (η·(1-q)).  Of five spikes in a row
+    the last comes out at 1.5 times the level, or 2.5 with `quantile=0.9`.
 
     Args:
-        quantile: q in [0, 1].
-        rate: η > 0, the step of the threshold's logarithm.
-        start: > 0, the first threshold.  These are numbers, traced values or schedules.
+        quantile: q in [0, 1], a number, a traced value or a schedule.
+        rate: η > 0, the step of the threshold's logarithm; a number, a traced value or
+            a schedule.
+        start: the first threshold, > 0; a number, a traced value or a schedule.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> tx = quantile_clip(0.5, start=4.0)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> tx = clipjax.contrib.quantile_clip(0.5, start=4.0)
         >>> state = tx.init({"w": jnp.zeros(1)})
         >>> updates, state = tx.update({"w": jnp.array([9.0])}, state)
         >>> updates["w"], tx.update({"w": jnp.array([9.0])}, state)[0]["w"]
@@ -150,24 +164,30 @@ def zclip(
     z = (n - μ)/σ; T = f·(μ + z*·σ·z*/z) where z > z*, and never above c; then μ and σ²
     move toward min(n, T)
 
-    In the first `warmup` steps only c holds.  Touches 1.5 % of ordinary steps, and is
-    robust to spikes, but the default never releases a lasting rise by three, since what
-    it remembers of the new level is what it clipped it to; `target=thresholds.at_limit`
-    (the paper's percentile mode) does in ten steps.
+    Use it where spikes are rare and the level of the norms is steady: it touches 1.5 %
+    of ordinary steps.
+
+    In the first `warmup` steps only c holds.  The default never releases a lasting rise
+    by three, since it remembers the new level as it was clipped; the paper's percentile
+    mode, `target=thresholds.at_limit`, does in ten steps.
 
     Args:
-        deviations: z* > 0.
+        deviations: z* > 0, the z-score from which on a norm is an outlier.
         decay: d in [0, 1), of the moving mean and variance.
         max_norm: c > 0, a bound at all times; infinity for none.
-        target: where an outlier is brought: `thresholds.reciprocal`, `at_mean` or
-            `at_limit`.
-        factor: f > 0, times which the target is the threshold.
+        target: the function that says where an outlier is brought:
+            `thresholds.reciprocal`, `at_mean` or `at_limit`.
+        factor: f > 0, the threshold as a multiple of the target.
         skip: whether an outlier is dropped instead; `max_norm` is then not applied.
-        warmup: how many first norms only fill the statistics; static.
+        warmup: the number of first norms that only fill the statistics.  Static.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> tx = zclip(2.0, warmup=2, max_norm=jnp.inf, target=thresholds.at_limit)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> tx = clipjax.contrib.zclip(
+        ...     2.0, warmup=2, max_norm=jnp.inf, target=clipjax.thresholds.at_limit
+        ... )
         >>> state = tx.init({"w": jnp.zeros(1)})
         >>> for norm in [3.0, 1.0, 100.0]:
         ...     updates, state = tx.update({"w": jnp.array([norm])}, state)
@@ -199,19 +219,26 @@ def adagc(
 
     u ← u · T / max(T, n), T = λ·γ; then γ ← d·γ + (1-d)·min(n, T), for each leaf
 
+    Use it where leaves have spikes of their own.  It clips 43 % of all ordinary steps,
+    and γ grows by 0.1 % a step at most: a lasting rise by three takes about a thousand
+    steps to pass.
+
     In the first `warmup` steps the global norm is clipped to c, and γ is the least norm
-    of the leaf.  It clips 43 % of all ordinary steps, and γ grows by 0.1 % a step at
-    most: a lasting rise by three takes about a thousand steps to pass.
+    of the leaf.
 
     Args:
-        factor: λ > 0.
-        decay: d in [0, 1).
-        max_norm: c > 0.  These are numbers, traced values or schedules.
-        warmup: how many steps; static.
+        factor: λ > 0, the threshold as a multiple of the mean; a number, a traced value
+            or a schedule.
+        decay: d in [0, 1), of the mean; a number, a traced value or a schedule.
+        max_norm: c > 0, the bound of the first steps; a number, a traced value or a
+            schedule.
+        warmup: the number of first steps.  Static.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> tx = adagc(2.0, warmup=2, max_norm=4.0)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> tx = clipjax.contrib.adagc(2.0, warmup=2, max_norm=4.0)
         >>> state = tx.init({"w": jnp.zeros(1)})
         >>> for norm in [3.0, 5.0, 100.0]:
         ...     updates, state = tx.update({"w": jnp.array([norm])}, state)
@@ -264,21 +291,25 @@ def aggc(
 
     r = min(max(n, α₀·S), α₁·S) / n, in [rₗ, rₕ]; u ← r·u; then S ← d·S + (1-d)·r·n
 
-    S starts at zero, as in the paper: its first bounds are met by `least` alone.  Since
-    that is 0.9, a spike of any size is reduced by a tenth only: this steadies groups
-    against each other, and is no protection from spikes.
+    Use it to steady groups against each other.  It is no protection from spikes: with
+    the default, one of any size is reduced by a tenth only.
+
+    S starts at zero, as in the paper, so `least` alone bounds the first steps.
 
     Args:
-        label: from path and leaf to the name of the group.
-        low: α₀ in [0, α₁], the lower end of the band; without effect where `most` is 1.
-        high: α₁ > 0, its upper end; both numbers, traced values or schedules.
-        decay: d in [0, 1).
+        label: a function of path and leaf that returns the name of the group.
+        low: α₀ in [0, α₁], the lower end of the band; without effect if `most` is 1;
+            a number, a traced value or a schedule.
+        high: α₁ > 0, the upper end of the band; a number, a traced value or a schedule.
+        decay: d in [0, 1), of the mean.
         least: rₗ in (0, 1], the smallest factor.
-        most: rₕ ≥ 1, the largest; above 1, a small norm is raised.
+        most: rₕ ≥ 1, the largest factor; above 1, a small norm is raised.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> tx = aggc(lambda path, leaf: path.split("/")[0])
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> tx = clipjax.contrib.aggc(lambda path, leaf: path.split("/")[0])
         >>> updates = {"dense": {"kernel": jnp.array([2.0])}}
         >>> tx.update(updates, tx.init(updates))[0]["dense"]["kernel"]
         Array([1.8], dtype=float32)
@@ -307,23 +338,26 @@ def clip_by_moving_sigma(
     warmup: int = 64,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Clips the global norm to so many standard deviations above its recent mean.
+    """Clips the global norm to some standard deviations above its recent mean.
 
     u ← u · T / max(T, n), T = μ + k·σ of the last w norms, as they came
 
-    Meant for the update, after the optimizer: `chain(adam, clip_by_moving_sigma())`.
+    Use it after the optimizer, for the update: `chain(adam, clip_by_moving_sigma())`.
+
     Nothing is clipped until there are `warmup` norms.  One spike inflates σ and hides
     every other for as long as it stays in the window: a 10x spike 20 steps after one of
     1000x passes whole.
 
     Args:
         deviations: k ≥ 0, a number, a traced value or a schedule.
-        window: w; static.
-        warmup: at most w; static.
+        window: w, the number of norms that are remembered.  Static.
+        warmup: the number of first norms without a clip, at most w.  Static.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> tx = clip_by_moving_sigma(2.0, window=4, warmup=2)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> tx = clipjax.contrib.clip_by_moving_sigma(2.0, window=4, warmup=2)
         >>> state = tx.init({"w": jnp.zeros(1)})
         >>> for norm in [3.0, 1.0, 100.0]:
         ...     updates, state = tx.update({"w": jnp.array([norm])}, state)
@@ -349,22 +383,26 @@ def spam_clip(
 
     uᵢ ← sign(uᵢ)·min(|uᵢ|, √(θ·vᵢ)); then vᵢ ← d·vᵢ + (1-d)·uᵢ²
 
-    Keeps a mean square of its own, as large as the parameters and in float32, and so
+    Use it where single entries spike; `clipjax.reset_moments` is the paper's other
+    half.
+
+    It keeps a mean square of its own, as large as the parameters and in float32, and so
     needs no Adam.  v is not debiased, as in the paper: an entry may be 10 times its
-    root mean square at step 20 and 70 times later.  So a 10x spike passes whole, and
-    one of 1000x comes out at 37 times the level after 300 steps.
-    An entry that is zero, as in the unused rows of an embedding, leaves its v as it is,
-    and one that was never anything else has no bound yet.
-    The paper's other half is `reset_moments`.
+    root mean square at step 20, and 70 times later.  So a 10x spike passes whole, and
+    one of 1000x comes out at 37 times the level after 300 steps.  An entry that is
+    zero, as in the unused rows of an embedding, leaves its v as it is; one that was
+    never anything else has no bound yet.
 
     Args:
         factor: θ > 0, a number, a traced value or a schedule.
-        decay: d in [0, 1).
-        warmup: how many first steps are not clipped; static.
+        decay: d in [0, 1), of the mean square.
+        warmup: the number of first steps that are not clipped.  Static.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> tx = spam_clip(4.0, decay=0.0, warmup=1)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> tx = clipjax.contrib.spam_clip(4.0, decay=0.0, warmup=1)
         >>> state = tx.init({"w": jnp.zeros(2)})
         >>> for size in [1.0, 9.0]:
         ...     updates, state = tx.update({"w": jnp.array([size, 1.0])}, state)
@@ -387,16 +425,21 @@ def stable_spam_clip(
 
     M = maxᵢ |uᵢ|; uᵢ ← uᵢ · T/M where |uᵢ| > T, T the debiased mean of M, with this one
 
-    The first step passes unchanged.  T lies at the mean, so half of all ordinary steps
-    are touched.  While the mean is young a spike raises it: after 300 steps one of 1000
-    times the level comes out at 5 times it, and a lasting rise by three takes 800.
+    Use it where few entries of a leaf spike.  T lies at the mean of the peaks, so half
+    of all ordinary steps are touched.
+
+    The first step passes unchanged.  While the mean is young a spike raises it: after
+    300 steps one of 1000 times the level comes out at 5 times it, and a lasting rise by
+    three takes 800.
 
     Args:
         decay: d in [0, 1), of the mean; a number, a traced value or a schedule.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> tx = stable_spam_clip(0.0)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> tx = clipjax.contrib.stable_spam_clip(0.0)
         >>> updates = {"w": jnp.array([3.0, -1.0])}
         >>> tx.update(updates, tx.init(updates))[0]["w"]
         Array([ 3., -1.], dtype=float32)
@@ -420,17 +463,20 @@ def gradient_stabilizer(
 
     u ← u/n · m̂/√v̂, with moving means m of n and v of n², debiased, with this one
 
-    No scale of the gradients is left: for optimizers that do not need one.  The first
-    spike comes out at 0.95 at most, whatever its size; but after one of 1000 times the
-    level, ordinary steps come out near 0.04 for some twenty steps.
+    Use it before optimizers that do not need the scale of the gradients: none is left.
+
+    The first spike comes out at 0.95 at most, whatever its norm; but after one of 1000
+    times the level, ordinary steps come out near 0.04 for some twenty steps.
 
     Args:
-        mean_decay: of m, in [0, 1); a number, a traced value or a schedule.
-        square_decay: of v, in [0, 1).
+        mean_decay: the decay of m, in [0, 1); a number, a traced value or a schedule.
+        square_decay: the decay of v, in [0, 1); a number, a traced value or a schedule.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> tx = gradient_stabilizer()
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> tx = clipjax.contrib.gradient_stabilizer()
         >>> updates = {"w": jnp.array([0.0, -8.0])}
         >>> jnp.round(tx.update(updates, tx.init(updates))[0]["w"], 5)
         Array([ 0., -1.], dtype=float32)

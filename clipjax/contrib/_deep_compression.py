@@ -1,5 +1,7 @@
 """Deep gradient compression (DGC): local momentum, sent where it is large."""
 
+from __future__ import annotations
+
 import math
 from typing import NamedTuple
 
@@ -66,7 +68,9 @@ def deep_gradient_compression(
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> tx = deep_gradient_compression(0.5, momentum=0.5)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> tx = clipjax.contrib.deep_gradient_compression(0.5, momentum=0.5)
         >>> state = tx.init(jnp.zeros(2))
         >>> for _ in range(3):
         ...     u, state = tx.update(jnp.array([4.0, 3.0]), state)

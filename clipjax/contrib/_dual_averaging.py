@@ -1,5 +1,7 @@
 """Dual averaging: parameters in closed form from the mean of all gradients so far."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax
@@ -31,34 +33,40 @@ def regularized_dual_averaging(
     where: Where = masks.weights,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Trains with an l1 penalty that dual averaging turns into exact zeros (RDA).
+    """Trains with an L1 penalty that dual averaging turns into exact zeros (RDA).
 
     θₜ₊₁ = argmin_θ ⟨ḡₜ, θ⟩ + λ·‖θ‖₁ + ‖θ - θ₁‖² / (2η√t)
          = soft(θ₁ - η√t·ḡₜ, η√t·λ), soft(x, b) = sign(x)·max(|x| - b, 0)
 
-    ḡₜ is the mean of all gradients so far, and 1/η the paper's γ.  The threshold stands
-    against a sum of gradients and not against the last step alone, so that zeros are
-    many and steady where stochastic proximal steps leave a haze of small numbers.  The
-    paper starts from θ₁ = 0, which gives -η√t·soft(ḡₜ, λ); a network cannot, and starts
-    from its own parameters, whose pull fades as the threshold grows.
+    Use it in place of an optimizer, last in a chain, where zeros should be many and
+    steady: the threshold is compared with the mean ḡₜ of all gradients so far, and not
+    with the last step.
 
-    An optimizer by itself, last in a chain: it takes gradients, and what it emits takes
-    parameters to where the formula says, exactly 0.0 in every dtype where that is zero.
-    Only gradients and the start are read, not what became of the parameters meanwhile.
-    State: twice the parameters, in float32 or wider.
+    1/η is the paper's γ.  The paper starts from θ₁ = 0, which gives -η√t·soft(ḡₜ, λ); a
+    network cannot, and starts from its own parameters, whose pull fades as the
+    threshold grows.
+
+    It takes gradients, and its updates take parameters to the formula's θ, exactly 0.0
+    in every dtype where that is zero.  It reads only gradients and the start, not what
+    became of the parameters meanwhile.  State: twice the parameters, in float32 or
+    wider.
 
     A step with a NaN or an infinity in any gradient moves nothing and is not averaged.
 
     Args:
         learning_rate: η ≥ 0, a number, a traced value or a schedule; a schedule that
             falls as 1/√t or faster brings the parameters back to their start.
-        l1: λ ≥ 0, likewise: what a mean gradient has to exceed.
-        where: which leaves are penalized, by path and leaf; floating leaves of rank 2
-            or more that are no bias, scale or embedding.  All are averaged.
+        l1: λ ≥ 0, the magnitude that a mean gradient has to exceed; a number, a traced
+            value or a schedule.
+        where: which leaves are penalized, by path and leaf; by default floating leaves
+            of rank 2 or more that are no bias, scale or embedding.  All are averaged.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> tx = regularized_dual_averaging(1.0, 0.5)
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> import clipjax
+        >>> tx = clipjax.contrib.regularized_dual_averaging(1.0, 0.5)
         >>> params = {"kernel": jnp.array([[2.0, 0.25], [0.0, 0.0]])}
         >>> grads = {"kernel": jnp.array([[-1.0, 0.0], [0.25, 2.0]])}
         >>> updates, state = tx.update(grads, tx.init(params), params)

@@ -1,5 +1,7 @@
 """Which input features a sparse network still reads."""
 
+from __future__ import annotations
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
@@ -11,28 +13,30 @@ def selected_features(
 ) -> Bool[Array, " features"]:
     """Returns a mask of the input features whose weights are not all zero.
 
-    To have a network choose its features while it trains, put a group lasso on the rows
-    of its first kernel at the end of the chain: what a feature feeds is then one group,
-    and exactly zero together.
+    Use it after a training that selects features: a group lasso on the rows of the
+    first kernel, last in the chain, sets all weights of a feature to zero together.
 
-        proximal(
-            prox.GroupLasso(strength),
+        clipjax.proximal(
+            clipjax.prox.GroupLasso(strength),
             learning_rate,
-            scope=scopes.Unit(axis=1),
+            scope=clipjax.scopes.Unit(axis=1),
             where=lambda path, leaf: path == "Dense_0/kernel",
         )
 
-    The next layers see nothing of a feature that is not selected: without it, and with
-    the kernel's other rows, the network computes the same.
+    A network without the other features, and without their rows of the kernel, computes
+    the same.
 
     Args:
-        params: of the network.
-        path: of its first kernel, such as `Dense_0/kernel`.
-        axis: of the kernel, along which the features lie: 0 for Dense, -2 for Conv.
+        params: the parameters of the network.
+        path: the path of its first kernel, such as `Dense_0/kernel`.
+        axis: the axis of the kernel along which the features lie: 0 for Dense, -2 for
+            Conv.
 
     Example:
+        >>> import jax.numpy as jnp
+        >>> import clipjax
         >>> params = {"dense": {"kernel": jnp.array([[0.0, 0.0], [0.0, -2.0]])}}
-        >>> selected_features(params, "dense/kernel")
+        >>> clipjax.contrib.selected_features(params, "dense/kernel")
         Array([False,  True], dtype=bool)
 
     Reference:

@@ -1,5 +1,7 @@
 """Clipping at whichever of some thresholds lowers the loss of the batch most."""
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,6 +16,7 @@ from .._clipping import _engine as states
 from .._clipping._engine import ClipState
 from .._core import checks as check, losses, trees
 from .._core.dtypes import common
+from .._core.eager import compiled
 from .._core.steps import step_if
 from .._core.types import AxisName, Number, Schedule
 from ..responses import scale as shrink
@@ -36,21 +39,22 @@ def greedy_clip(
     relative: bool = False,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Tries some thresholds of the gradient's norm and takes the one that helps most.
+    """Tries several thresholds in each step, and takes the one of the lowest loss.
 
     u = u_c*, c* = argmin_c L(θ + u_c), u_c = inner(g · c / max(c, ‖g‖₂))
 
-    Wraps the optimizer, and asks for the loss as Optax's line searches do:
-    `update(g, state, params, value_fn=loss, x=x, y=y)`, where extra arguments that
-    `value_fn` names are passed to it, and all of them to `inner`.  The loss is that of
-    one batch: a step that is best for it need not be best for the next one.
+    Use it where a few more evaluations of the loss are cheap; the loss is that of one
+    batch, and the best step for it need not be best for the next.
 
-    The thresholds are tried one after the other and the winner's step is computed
+    It wraps the optimizer, and gets the loss as Optax's line searches do: `update(g,
+    state, params, value_fn=loss, x=x, y=y)`.  Extra arguments that `value_fn` names are
+    passed to it, and all of them to `inner`.
+
+    The thresholds are tried one after the other, and the winner's step is computed
     anew: k thresholds cost k evaluations of the loss and k + 1 steps of `inner`, but
-    memory for one more network only.  The state of `inner` is that after the winner's
-    step.  Of equal losses the first wins; one that is not finite never does.  Where all
-    are such, or the update holds a NaN or an infinity, the update is zero, `inner`
-    keeps its state, and the step is counted.
+    memory for only one more network.  Of equal losses the first wins; one that is not
+    finite never does.  If none is finite, or the update holds a NaN or an infinity, the
+    update is zero, `inner` keeps its state, and the step is counted.
 
     Args:
         inner: the optimizer.
@@ -61,14 +65,17 @@ def greedy_clip(
             losses that differ over them are averaged.
 
     Example:
-        >>> tx = greedy_clip(optax.sgd(1.0), [1.0, 4.0, 16.0])
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> import clipjax
+        >>> tx = clipjax.contrib.greedy_clip(optax.sgd(1.0), [1.0, 4.0, 16.0])
         >>> loss = lambda params: jnp.sum(params**2)
         >>> params = jnp.array([3.0, 4.0])  # best is a step of length 5
-        >>> state, slope = tx.init(params), jax.grad(loss)(params)
-        >>> u, state = tx.update(slope, state, params, value_fn=loss)
-        >>> u, state.winner, state.winner_value
-        (Array([-2.4, -3.2], dtype=float32), Array(1, dtype=int32), Array(0.99..., \
-dtype=float32))
+        >>> state, grads = tx.init(params), jax.grad(loss)(params)
+        >>> u, state = tx.update(grads, state, params, value_fn=loss)
+        >>> print(u, state.winner, state.winner_value)
+        [-2.4 -3.2] 1 0.99...
 
     Reference:
         The rule is ours; a line search over the threshold in place of the step.
@@ -93,9 +100,9 @@ dtype=float32))
         check.given_params("greedy_clip", params)
         loss = _loss(extra_args, axis_name)
         norm = norms.global_norm(updates, scaled=True, axis_name=axis_name)
-        bounds = jnp.stack(
-            [trees.value_at(c, state.greedy.step) for c in thresholds]
-        ).astype(norm.dtype)
+        step = state.greedy.step
+        bounds = jnp.stack([trees.value_at(c, step) for c in thresholds])
+        bounds = bounds.astype(norm.dtype)
         if relative:
             bounds = jnp.where(norm > 0, bounds * norm, bounds)
 
@@ -104,7 +111,8 @@ dtype=float32))
             return inner.update(clipped, inner_state, params, **extra_args)
 
         def value_of(bound):
-            return loss(_moved(params, step_of(bound, state.greedy_inner)[0]))
+            outgoing, _ = step_of(bound, state.greedy_inner)
+            return loss(_moved(params, outgoing))
 
         values = jax.lax.map(value_of, bounds)
         values = jnp.where(jnp.isfinite(values), values, jnp.inf)
@@ -114,22 +122,22 @@ dtype=float32))
         outgoing, inner_state = step_if(
             won, lambda _, s: step_of(bound, s), updates, state.greedy_inner
         )
-        new_state = GreedyClipState(
-            states.after(
-                state.greedy,
-                norm=norm,
-                clipped_norm=jnp.where(won, norm * shrink(norm, bound), 0),
-                threshold=bound,
-                clipped=~won | (norm > bound),
-            ),
+        clip = states.after(
+            state.greedy,
+            norm=norm,
+            clipped_norm=jnp.where(won, norm * shrink(norm, bound), 0),
+            threshold=bound,
+            clipped=~won | (norm > bound),
+        )
+        return outgoing, GreedyClipState(
+            clip,
             jnp.where(won, winner, state.winner),
             jnp.where(won, value, state.winner_value),
             state.winless_steps + (~won).astype(jnp.int32),
             inner_state,
         )
-        return outgoing, new_state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, compiled(update))
 
 
 def _loss(extra_args: dict[str, Any], axis_name: AxisName):

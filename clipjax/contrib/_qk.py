@@ -4,6 +4,8 @@ No transform of updates: the largest logit is a statistic of the forward pass, a
 is scaled is the parameter itself, after the optimizer's step.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -37,40 +39,44 @@ def qk_clip(
 
     W ← W · γₕᵖ, γₕ = min(1, τ / Sₕ), for the largest logit Sₕ of head h
 
-    To be called after the optimizer's step.  A logit is bilinear in what makes query
-    and key, weights and biases: where the powers p of its two sides add up to 1, it is
-    scaled by γₕ, and the same batch gives τ at most, but for the rounding of the
-    weights.  Keep them in float32: in bfloat16 terms that cancel can leave more.
+    Use it after the optimizer's step, in attention without normalized queries and keys.
 
-    Where neighboring query heads share a key head, the group takes the least γ of its
-    heads, as in Megatron-LM.  With a power of 1 for queries and 0 for keys each head
-    keeps its own.
+    A logit is bilinear in the weights and biases of query and key: if the powers p of
+    the two add up to 1, it is scaled by γₕ, and the same batch then gives at most τ,
+    apart from the rounding of the weights.  Keep them in float32: in bfloat16, terms
+    that cancel can leave more.
 
-    A head with Sₕ ≤ τ passes bit for bit.  So does one with a NaN, an infinity, 0 or
-    less for Sₕ: there is no finite factor, or nothing to clip.  A traced τ that is not
-    above 0 clips nothing.  Weights behind a normalization of queries and keys have no
-    say in the logits: there is nothing to clip there.
+    If several query heads share a key head, the group takes the least γ of its heads,
+    as in Megatron-LM.  With a power of 1 for queries and 0 for keys each head keeps its
+    own.
+
+    A head with Sₕ ≤ τ passes bit for bit.  So does one whose Sₕ is NaN, infinite, or
+    not above 0.  A traced τ that is not above 0 clips nothing.
 
     Args:
-        params: weights and biases, of any network.
-        max_logits: Sₕ by the path of the attention layer, `""` for the whole tree:
-            the maximum over batch and positions of what goes into the softmax, without
-            mask and soft cap.  Of shape (heads,); for layers stacked along the leading
-            axes of their leaves (layers, heads).
+        params: the parameters of any network.
+        max_logits: Sₕ by the path of the attention layer, `""` for the whole tree: the
+            maximum over batch and positions of what goes into the softmax, without mask
+            and soft cap.  Its shape is (heads,); for layers stacked along the leading
+            axes of their leaves, (layers, heads).
         threshold: τ > 0, a number or a traced value.
-        powers: p in [0, 1] by path and leaf; an array that broadcasts to the leaf where
-            parts of it differ.  If none is given, ½ for the leaves in `query` and
-            `key`, as Flax calls them, and 0 for all others.  Multi-head latent
-            attention has ½ for the parts of query and key without position, 1 for the
-            rotary part of the query and 0 for the rotary key, which all heads share.
-        head_axis: of the leaves that have a power; -2 is Flax's, for kernels
-            (features, heads, head_dim) and biases (heads, head_dim).
+        powers: a function of path and leaf that returns p in [0, 1], a number or an
+            array that broadcasts to the leaf.  By default ½ for leaves in `query` and
+            `key`, as Flax calls them, and 0 for others.  Multi-head latent attention
+            has ½ for the parts of query and key without position, 1 for the rotary part
+            of the query and 0 for the rotary key, which all heads share.
+        head_axis: the axis of the heads in leaves that have a power; -2 is Flax's, for
+            kernels (features, heads, head_dim) and biases (heads, head_dim).
 
     Example:
-        >>> attention = {"query": {"kernel": jnp.full((1, 2, 1), 8.0)},
-        ...              "key": {"kernel": jnp.full((1, 2, 1), 4.0)}}
-        >>> clipped = qk_clip({"attention": attention},
-        ...                   {"attention": jnp.array([400.0, 50.0])})
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> attention = {
+        ...     "query": {"kernel": jnp.full((1, 2, 1), 8.0)},
+        ...     "key": {"kernel": jnp.full((1, 2, 1), 4.0)},
+        ... }
+        >>> logits = {"attention": jnp.array([400.0, 50.0])}
+        >>> clipped = clipjax.contrib.qk_clip({"attention": attention}, logits)
         >>> for name, leaf in clipped["attention"].items():
         ...     print(name, leaf["kernel"][0, :, 0])  # √(100/400) = ½ in the first head
         key [2. 4.]

@@ -1,5 +1,7 @@
 """Winning tickets: train, prune, return to the start, and train again."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax
@@ -52,43 +54,48 @@ def rewinding(
     After each of R rounds of N steps: sᵣ = 1 - (1 - p)ʳ,  m = the largest |θ| of those
     that are left,  θ ← m⊙θₖ,  `inner` ← `inner.init`
 
-    Iterative magnitude pruning with rewinding, in one jitted loop: after (R + 1)·N
-    training steps, and 3·R steps of rewinding, the network has a sparsity of
-    1 - (1 - p)ᴿ and was trained from θₖ.  All floating leaves rewind, not only those
-    that are pruned.  With k = 0 this is the lottery ticket hypothesis; larger networks
-    need a k of some hundred or thousand steps.
+    Use it for iterative magnitude pruning with rewinding, in one jitted loop.  With k =
+    0 it is the lottery ticket hypothesis; larger networks need a k of some hundred or
+    thousand steps.
 
-    A rewind takes three steps of no training, since one addition cannot take every θ
-    to θₖ: after them, θₖ is there bit for bit unless θ was larger by a factor of 2²²
-    (in bfloat16, of 2¹⁴).  What is pruned is exactly zero from the first one on.
+    After (R + 1)·N training steps, and 3·R steps of rewinding, the network has a
+    sparsity of 1 - (1 - p)ᴿ and was trained from θₖ.  All floating leaves rewind, also
+    those that are not pruned.
 
-    `inner` and its schedules start anew with the first step of every round; its steps
-    while the parameters rewind come to nothing.  A prune is due until it happens, so a
-    step that a wrapper discards loses nothing; with a NaN or an infinity in the
-    gradients of the selected leaves it waits.  Gradients and parameters of what is
-    pruned are hidden from `inner`.  Donate the state, or step inside a scan, or XLA
-    copies it in every step.
+    A rewind takes three steps without training, since one addition cannot take every θ
+    to θₖ: after them θₖ is there bit for bit, unless θ was larger by a factor of 2²²
+    (in bfloat16, of 2¹⁴).  What is pruned is exactly zero from the first of them on.
 
-    Memory beside that of `inner`: θₖ, one more copy of all floating leaves, and one bit
-    a parameter.
+    `inner` and its schedules start anew with the first step of every round.  A prune is
+    due until it happens, so a step that a wrapper discards loses nothing; it waits
+    while gradients of the selected leaves hold a NaN or an infinity.  `inner` does not
+    see gradients and parameters of what is pruned.  Donate the state, or step inside a
+    scan, or XLA copies it in every step.
+
+    State beside that of `inner`: θₖ, one more copy of all floating leaves, and a mask.
 
     Args:
-        inner: the optimizer, or any chain with it; extra arguments are passed on.
-        every: N ≥ 1, training steps of a round, rounded down.  This, `rounds` and
-            `rate` are numbers, traced values or schedules.
-        rounds: R ≥ 0, how often to prune and rewind.
-        rate: p in [0, 1], the share of the parameters left that a round prunes.
+        inner: the optimizer, or a chain with it; extra arguments are passed on to it.
+        every: N ≥ 1, the number of training steps of a round, rounded down; a number, a
+            traced value or a schedule.
+        rounds: R ≥ 0, how often to prune and rewind; a number, a traced value or a
+            schedule.
+        rate: p in [0, 1], the share of the parameters left that a round prunes; a
+            number, a traced value or a schedule.
         rewind_step: k in [0, N), the step of the first round to return to.
         allocation: how the leaves share the sparsity, from `allocations`.
-        where: which leaves are pruned, by path and leaf; floating leaves of rank 2 or
-            more that are no bias, scale or embedding.
-        storage: how a mask is kept between two steps.
+        where: which leaves are made sparse, by path and leaf; by default floating
+            leaves of rank 2 or more that are no bias, scale or embedding.
+        storage: how a mask is kept between two steps, from `masks`.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split;
-            along their first axis, where the allocation asks for shapes.
+            along their first axis, where the allocation reads shapes.
 
     Example:
         >>> import jax
-        >>> tx = rewinding(optax.sgd(1.0), every=2, rounds=1, rate=0.5)
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> import clipjax
+        >>> tx = clipjax.contrib.rewinding(optax.sgd(1.0), every=2, rounds=1, rate=0.5)
         >>> update = jax.jit(tx.update)
         >>> params = {"kernel": jnp.array([[1.0, 2.0, 3.0, 4.0]])}
         >>> grads = {"kernel": jnp.array([[-3.0, 0.0, 0.0, 1.0]])}

@@ -1,5 +1,7 @@
 """Schedules of the sparsity that Optax does not have."""
 
+from __future__ import annotations
+
 import jax.numpy as jnp
 
 from .._core import checks as check, trees
@@ -15,30 +17,32 @@ def cyclic_schedule(
     dense: int | None = None,
     final: int | None = None,
 ) -> Schedule:
-    """Alternates between a sparsity and none, and ends with the sparsity.
+    """Alternates between a sparsity and 0, and ends with the sparsity: AC/DC.
 
-    s(t) = 0 in the warm-up of W steps, then c cycles of C steps at s and D steps at 0,
+    s(t) = 0 for W steps, then c cycles of C steps at s and D steps at 0,
     c = ⌊(T - F - W)/(C + D)⌋, then 0 until step T - F, and s from there on
 
-    AC/DC is `clipjax.sparsify(cyclic_schedule(0.9, steps),
-    allocation=allocations.global_)`, last in the chain: at 0 every entry passes, and
-    what was zero grows again.  Use an `every` that divides all phases, or a phase
-    starts late.
+    Use it as the sparsity of `clipjax.sparsify`, with `allocations.global_` as in the
+    paper.  At sparsity 0 every entry passes, and pruned ones grow again.  An `every`
+    above 1 must divide all phases, or a phase starts late.
 
     Args:
-        sparsity: s in [0, 1] in compressed phases; a number, a traced value or a
+        sparsity: s in [0, 1] of the compressed phases; a number, a traced value or a
             schedule.
-        steps: T ≥ 1, of the training; this and all below are static integers.
-        warmup: W ≥ 0 dense steps at the start; by default, as in the paper for its 100
-            epochs, a tenth of T.
-        compressed: C ≥ 0 steps of a compressed phase; by default a twentieth.
-        dense: D ≥ 0 steps of a dense phase; by default a twentieth.
-        final: F ≥ 0 steps of the last compressed phase, which goes on after T; by
-            default 15 % of T.
+        steps: T ≥ 1, the steps of the whole training.  Static.
+        warmup: W ≥ 0, dense steps at the start; by default, as in the paper, a tenth
+            of T.  Static.
+        compressed: C ≥ 0, steps of a compressed phase; by default a twentieth of T.
+            Static.
+        dense: D ≥ 0, steps of a dense phase; by default a twentieth of T.  Static.
+        final: F ≥ 0, steps of the last compressed phase, which goes on after T; by
+            default 15 % of T.  Static.
 
     Example:
-        >>> s = cyclic_schedule(0.9, 12, warmup=2, compressed=3, dense=2, final=4)
-        >>> "".join("-#"[int(s(step) > 0)] for step in range(14))
+        >>> import clipjax
+        >>> phases = dict(warmup=2, compressed=3, dense=2, final=4)
+        >>> sparsity = clipjax.contrib.cyclic_schedule(0.9, 12, **phases)
+        >>> "".join("-#"[int(sparsity(step) > 0)] for step in range(14))
         '--###---######'
 
     Reference:

@@ -1,5 +1,7 @@
 """Sparse evolutionary training (SET): the smallest connections move at random."""
 
+from __future__ import annotations
+
 import optax
 
 from .. import allocations, masks
@@ -24,34 +26,45 @@ def sparse_evolutionary(
     elementwise: bool = False,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Replaces the smallest connections by random ones, again and again (SET).
+    """Trains sparse from the start; replaces the smallest connections at random (SET).
 
     Every ΔT steps, in each layer: drop the ⌊ζ·k⌋ of its k connections with the
     smallest |θ|, then grow as many anywhere else, chosen at random.
 
-    Published are ζ = 0.3 and one epoch for ΔT, and the share ζ of the positive and of
-    the negative weights apart; here signs do not count.  All else is as in `rigl`; no
-    gradient is read for the masks.
+    Use it where no dense gradient should be read for the masks; else prefer
+    `clipjax.rigl`.
+
+    The paper has ζ = 0.3 and ΔT of one epoch, and drops the share ζ of positive and of
+    negative weights apart; here signs do not count.  All else is as in `clipjax.rigl`.
 
     Args:
-        inner: the optimizer, or any chain with it; extra arguments are passed on.
+        inner: the optimizer, or a chain with it; extra arguments are passed on to it.
         sparsity: s in [0, 1], the share of zeros in all selected leaves together; a
             number, a traced value or a schedule.
-        key: of the random masks.
-        every: ΔT ≥ 1, steps between two moves, rounded down; or a schedule of them.
-        drop_fraction: ζ in [0, 1], or a schedule of it.
-        allocation: how the leaves share the sparsity, from `allocations`; by shapes,
-            since there are no scores yet.
-        where: which leaves are made sparse, by path and leaf.
-        storage: how a mask is kept between two steps.
-        elementwise: the promise that `inner` treats each entry by itself; see `sparse`.
+        key: the key of the random masks.
+        every: ΔT ≥ 1, the number of steps between two moves, rounded down; or a
+            schedule of it.
+        drop_fraction: ζ in [0, 1], the share of connections that move; or a schedule of
+            it.
+        allocation: how the leaves share the sparsity, from `allocations`; one that
+            reads shapes, since there are no scores yet.
+        where: which leaves are made sparse, by path and leaf; by default floating
+            leaves of rank 2 or more that are no bias, scale or embedding.
+        storage: how a mask is kept between two steps, from `masks`.
+        elementwise: the promise that `inner` treats each entry by itself, as in
+            `clipjax.sparse`.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split;
-            along their first axis, where the allocation asks for shapes.
+            along their first axis, where the allocation reads shapes.
 
     Example:
-        >>> import jax, jax.numpy as jnp
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> import clipjax
         >>> key = jax.random.key(0)
-        >>> tx = sparse_evolutionary(optax.sgd(0.1), 0.5, key=key, every=1)
+        >>> tx = clipjax.contrib.sparse_evolutionary(
+        ...     optax.sgd(0.1), 0.5, key=key, every=1
+        ... )
         >>> update = jax.jit(tx.update)
         >>> params = {"kernel": jnp.arange(1.0, 9.0).reshape(2, 4)}
         >>> state = tx.init(params)

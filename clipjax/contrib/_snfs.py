@@ -1,5 +1,7 @@
 """Sparse networks from scratch (SNFS): connections move between layers."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Sequence
 
@@ -36,42 +38,51 @@ def sparse_momentum(
     elementwise: bool = False,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Moves connections to where gradients agree, also between layers (SNFS).
+    """Trains sparse from the start; moves connections to where gradients agree (SNFS).
 
     M ← d·M + (1 - d)·g at every step.  Every ΔT steps: in each layer drop the ⌊f·kₗ⌋
     connections with the smallest |θ|, f = p/2·(1 + cos(πt/T)), T = total_steps.  Of all
     that was dropped, layer l grows the share M̄ₗ/ΣM̄, where M̄ₗ is the mean |M| of its
     connections; they grow where |M| is largest.
 
-    The number of connections of all layers together is exact and never changes: what a
-    full layer cannot take goes to the largest that has room.  A layer keeps one at
-    least.  All else is as in `rigl`; published is one epoch for ΔT.
+    Use it where layers should find their shares of the connections themselves, and one
+    more copy of the leaves fits.
 
-    Memory: M, in float32 or wider, one more copy of the selected leaves; the momentum
-    of `inner` does not see gradients of what is pruned.  A gradient with a NaN or an
-    infinity does not enter M.
+    The number of connections of all layers together is exact and never changes: what a
+    full layer cannot take goes to the largest one that has room.  Every layer keeps at
+    least one.  The paper has ΔT of one epoch.  All else is as in `clipjax.rigl`.
+
+    State: M, in float32 or wider, since the momentum of `inner` does not see gradients
+    of pruned entries.  A gradient with a NaN or an infinity does not enter M.
 
     Args:
-        inner: the optimizer, or any chain with it; extra arguments are passed on.
+        inner: the optimizer, or a chain with it; extra arguments are passed on to it.
         sparsity: s in [0, 1], the share of zeros in all selected leaves together; a
             number or a traced value.
-        total_steps: of the whole training.
-        key: of the first mask.
-        every: ΔT ≥ 1, steps between two moves, rounded down; or a schedule of them.
-        drop_fraction: p in [0, 1], or a schedule of it.
-        decay: d in [0, 1), or a schedule of it.
-        allocation: how the leaves share the sparsity at first, from `allocations`; by
-            shapes, since there are no scores yet.
-        where: which leaves are made sparse, by path and leaf.
-        storage: how a mask is kept between two steps.
-        elementwise: the promise that `inner` treats each entry by itself; see `sparse`.
+        total_steps: the number of steps of the whole training.
+        key: the key of the first mask.
+        every: ΔT ≥ 1, the number of steps between two moves, rounded down; or a
+            schedule of it.
+        drop_fraction: p in [0, 1], the first share of connections that move; or a
+            schedule of it.
+        decay: d in [0, 1), of the mean of the gradients; or a schedule of it.
+        allocation: how the leaves share the sparsity at first, from `allocations`; one
+            that reads shapes, since there are no scores yet.
+        where: which leaves are made sparse, by path and leaf; by default floating
+            leaves of rank 2 or more that are no bias, scale or embedding.
+        storage: how a mask is kept between two steps, from `masks`.
+        elementwise: the promise that `inner` treats each entry by itself, as in
+            `clipjax.sparse`.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split;
-            along their first axis, where the allocation asks for shapes.
+            along their first axis, where the allocation reads shapes.
 
     Example:
         >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> import clipjax
         >>> key = jax.random.key(0)
-        >>> tx = sparse_momentum(
+        >>> tx = clipjax.contrib.sparse_momentum(
         ...     optax.sgd(0.1), 0.5, total_steps=10, key=key, every=1
         ... )
         >>> update = jax.jit(tx.update)

@@ -1,13 +1,15 @@
-"""Gates that are exactly zero, or one, with a probability that is learned.
+"""Gates that learn whether to be open: hard concrete L0 regularization.
 
-A gate multiplies whatever it may switch off: a weight, an input, a neuron.  It is a
-parameter like others, log α, that lives in the user's tree and is trained with the
-loss, to which λ·`expected_l0` is added: the expected number of open gates, with a
-gradient.  `sample` draws gates in training, `evaluate` gives those to use afterwards.
+A gate multiplies what it may switch off: a weight, an input, a neuron.  Its parameter
+log α lives in the user's tree.  In training, multiply by `sample(key, log_alpha)` and
+add λ·`expected_l0(log_alpha)` to the loss; afterwards, multiply by
+`evaluate(log_alpha)`.
 
-The distribution is the hard concrete one: a sigmoid of logistic noise, stretched from
-(0, 1) to (γ, ζ) and clipped, so that the ends have probabilities of their own.
+The distribution is hard concrete: a sigmoid of logistic noise, stretched from (0, 1) to
+(γ, ζ) and clipped to [0, 1], so that exactly 0 and exactly 1 have a probability.
 """
+
+from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
@@ -40,18 +42,21 @@ def sample(
     z = min(1, max(0, s·(ζ - γ) + γ)), s = σ((log v - log(1 - v) + log α) / β), for v
     uniform in (0, 1)
 
-    Differentiable by log α where a gate is neither shut nor fully open.  Computed in
+    The gradient by log α is zero for a gate that is exactly 0 or 1.  Computed in
     float32 or wider; a NaN stays NaN.
 
     Args:
-        key: a new one in every step.
-        log_alpha: one for each gate; log(p / (1 - p)) starts with gates near p.
-        temperature: β > 0; the nearer to 0, the more gates are 0 or 1.
-        low: γ ≤ 0, how far below zero gates are stretched.
-        high: ζ ≥ 1, how far above one.
+        key: a key, another one in every step.
+        log_alpha: log α of each gate; log(p / (1 - p)) starts with gates near p.
+        temperature: β > 0; the nearer to 0, the more gates are exactly 0 or 1.
+        low: γ ≤ 0, the lower end of the stretched interval.
+        high: ζ ≥ 1, the upper end of the stretched interval.
 
     Example:
-        >>> sample(jax.random.key(0), jnp.array([-9.0, 9.0]))
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.contrib.gates.sample(jax.random.key(0), jnp.array([-9.0, 9.0]))
         Array([0., 1.], dtype=float32)
 
     Reference:
@@ -73,12 +78,14 @@ def evaluate(
     ẑ = min(1, max(0, σ(log α)·(ζ - γ) + γ)): exactly zero up to log α = log(-γ / ζ)
 
     Args:
-        log_alpha: one for each gate.
-        low: γ, as in training.
-        high: ζ, as in training.
+        log_alpha: log α of each gate.
+        low: γ, the same as for `sample`.
+        high: ζ, the same as for `sample`.
 
     Example:
-        >>> evaluate(jnp.array([-3.0, 0.0, 3.0]))
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.contrib.gates.evaluate(jnp.array([-3.0, 0.0, 3.0]))
         Array([0. , 0.5, 1. ], dtype=float32)
     """
     _check(1.0, low, high)
@@ -92,21 +99,26 @@ def open_probability(
     low: Number = _LOW,
     high: Number = _HIGH,
 ) -> Float[Array, "..."]:
-    """Returns how probable it is that a sampled gate is not zero.
+    """Returns the probability that a sampled gate is not zero.
 
     P(z ≠ 0) = σ(log α - β·log(-γ / ζ))
 
-    For gates that govern unlike numbers of weights, sum this times these numbers.
+    Use it in place of `expected_l0` where gates switch different numbers of weights:
+    add λ times the sum of these numbers times these probabilities to the loss.
 
     Args:
-        log_alpha: one for each gate.
-        temperature: β, as for `sample`.
-        low: γ, as for `sample`.
-        high: ζ, as for `sample`.
+        log_alpha: log α of each gate.
+        temperature: β, the same as for `sample`.
+        low: γ, the same as for `sample`.
+        high: ζ, the same as for `sample`.
 
     Example:
-        >>> gates = open_probability(jnp.zeros(2), temperature=1.0, low=-1.0, high=3.0)
-        >>> jnp.round(gates, 5)  # σ(0 - log(1 / 3))
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> log_alpha = jnp.zeros(2)
+        >>> open_probability = clipjax.contrib.gates.open_probability
+        >>> share = open_probability(log_alpha, temperature=1.0, low=-1.0, high=3.0)
+        >>> share.round(5)  # σ(0 - log(1 / 3))
         Array([0.75, 0.75], dtype=float32)
     """
     _check(temperature, low, high)
@@ -122,18 +134,20 @@ def expected_l0(
     low: Number = _LOW,
     high: Number = _HIGH,
 ) -> Float[Array, ""]:
-    """Returns the expected number of open gates, in float32 or wider.
+    """Returns the expected number of gates that are not zero, in float32 or wider.
 
-    E‖z‖₀ = Σᵢ P(zᵢ ≠ 0)
+    E‖z‖₀ = Σᵢ P(zᵢ ≠ 0), the penalty to add to the loss, times λ
 
     Args:
-        log_alpha: one for each gate.
-        temperature: β, as for `sample`.
-        low: γ, as for `sample`.
-        high: ζ, as for `sample`.
+        log_alpha: log α of each gate.
+        temperature: β, the same as for `sample`.
+        low: γ, the same as for `sample`.
+        high: ζ, the same as for `sample`.
 
     Example:
-        >>> expected_l0(jnp.array([-30.0, 30.0, 30.0]))
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.contrib.gates.expected_l0(jnp.array([-30.0, 30.0, 30.0]))
         Array(2., dtype=float32)
     """
     return jnp.sum(

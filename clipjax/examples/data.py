@@ -1,7 +1,7 @@
 """Images to train on: scikit-learn's digits, or any folder of idx files.
 
 Pixels are float32 in [0, 1] and every image has a last axis of one channel.  The test
-images are for the last line of a run only: whatever is tuned is tuned on `validation`.
+images are for the last line of a run only; tune on `validation`.
 """
 
 import gzip
@@ -48,7 +48,8 @@ def digits() -> Dataset:
     The splits are fixed and stratified: 1,200 to train, 150 to validate, 447 to test.
 
     Example:
-        >>> [len(split.labels) for split in digits()[1:]]
+        >>> from clipjax.examples import data
+        >>> [len(split.labels) for split in data.digits()[1:]]
         [1200, 150, 447]
     """
     from sklearn import datasets, model_selection
@@ -70,14 +71,14 @@ def digits() -> Dataset:
 
 
 def idx_folder(folder: str | pathlib.Path) -> Dataset:
-    """Reads the four idx files of MNIST, Fashion-MNIST and their kin.
+    """Reads the four idx files of MNIST, Fashion-MNIST and the like.
 
-    The names are `train-images-idx3-ubyte`, `train-labels-idx1-ubyte` and the same with
-    `t10k`; a dot may stand before `idx`, and `.gz` may follow.  The last twelfth of the
-    training images (5,000 of 60,000) becomes the validation split.
+    They are called `train-images-idx3-ubyte`, `train-labels-idx1-ubyte` and the same
+    with `t10k`; a dot may stand before `idx`, and `.gz` may follow.  The last twelfth
+    of the training images (5,000 of 60,000) becomes the validation split.
 
     Args:
-        folder: where the files are.
+        folder: the folder that holds the files.
 
     Raises:
         FileNotFoundError: the folder or a file is missing; the message names it.

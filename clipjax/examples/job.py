@@ -45,7 +45,7 @@ def chain(plan: Plan, *, sparsity: float) -> optax.GradientTransformationExtraAr
 
     Args:
         plan: what to train, and how.
-        sparsity: of the selected leaves in the end; 0 leaves pruning out.
+        sparsity: the final share of zeros in the pruned leaves; 0 prunes nothing.
     """
     steps = plan.steps_per_epoch * plan.epochs
     rate = optax.warmup_cosine_decay_schedule(
@@ -68,13 +68,13 @@ def chain(plan: Plan, *, sparsity: float) -> optax.GradientTransformationExtraAr
 
 
 def selected_sparsity(plan: Plan, sparsity: float) -> float:
-    """How sparse the pruned leaves must be for all parameters together to be so.
+    """The sparsity of the pruned leaves that gives all parameters a sparsity.
 
     Biases and scales are never pruned, so the other leaves make up for them.
 
     Args:
         plan: what to train, and how.
-        sparsity: the share of zeros among all the parameters.
+        sparsity: the share of zeros among all parameters.
     """
     make = functools.partial(plan.net.init, shape=plan.dataset.shape)
     shapes = trees.by_path(jax.eval_shape(make, jax.random.key(0)))
@@ -96,8 +96,8 @@ def follow(plan: Plan, *, sparsity: float, stop: Callable[[], bool]) -> train.Tr
 
     Args:
         plan: what to train, and how.
-        sparsity: of the selected leaves in the end; 0 leaves pruning out.
-        stop: asked after every part; True ends the training.
+        sparsity: the final share of zeros in the pruned leaves; 0 prunes nothing.
+        stop: a function that is called after every part; True ends the training.
     """
     tx = chain(plan, sparsity=sparsity)
     first, later = jax.random.split(jax.random.key(plan.seed))
@@ -145,8 +145,8 @@ def summary(plan: Plan, sparse: train.Trained, *, dense: train.Trained | None) -
 
     Args:
         plan: what was trained, and how.
-        sparse: what came out.
-        dense: what came out without pruning, where that was trained too.
+        sparse: the result.
+        dense: the result without pruning, if that was trained too.
     """
     leaves = jax.tree.leaves(sparse.params)
     whole = sum(leaf.size for leaf in leaves)

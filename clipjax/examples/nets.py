@@ -27,7 +27,7 @@ def patches(images: Float[Array, "n height width c"]) -> Float[Array, "n 16 size
     """Cuts each image into 4 by 4 patches, from left to right and down.
 
     Args:
-        images: both sides a multiple of 4 pixels long.
+        images: images whose height and width are multiples of 4.
     """
     n, height, width, channels = images.shape
     size = patch_size((height, width, channels))
@@ -39,7 +39,7 @@ def patch_size(shape: tuple[int, int, int]) -> int:
     """How many numbers make up one of the 4 by 4 patches of an image.
 
     Args:
-        shape: of the image, both sides a multiple of 4 pixels long.
+        shape: the shape of the image, whose height and width are multiples of 4.
     """
     height, width, channels = shape
     if height % 4 or width % 4:
@@ -57,17 +57,17 @@ def convolve(
     padding: Any,
     **options: Any,
 ) -> Float[Array, "n rows columns d"]:
-    """Convolves, in the place of `jax.lax.conv_general_dilated` in a flax layer.
+    """Convolves; takes the place of `jax.lax.conv_general_dilated` in a flax layer.
 
-    One matrix product over shifted copies of the images: inside a scan on a CPU that
-    trains about ten times faster than XLA's own convolution (measured with jax 0.10).
+    It is one matrix product over shifted copies of the images.  Inside a scan on a CPU
+    that trains about ten times faster than XLA's convolution (measured with JAX 0.10).
 
     Args:
-        images: rows of images.
-        kernel: what to convolve them with.
-        strides: unused, steps of one.
+        images: a batch of images.
+        kernel: the kernel to convolve them with.
+        strides: ignored; always 1.
         padding: "SAME" or "VALID".
-        options: unused.
+        options: ignored.
     """
     del strides, options
     down, across, channels, width = kernel.shape
@@ -85,10 +85,10 @@ def convolve(
 
 
 def halve(images: Float[Array, "n height width c"]) -> Float[Array, "n rows columns c"]:
-    """Takes the largest of every 2 by 2 pixels; an odd last row or column is left out.
+    """Takes the largest of every 2 by 2 pixels; drops an odd last row or column.
 
     Args:
-        images: rows of images.
+        images: a batch of images.
     """
     n, height, width, channels = images.shape
     rows, columns = height // 2, width // 2
@@ -99,12 +99,12 @@ def halve(images: Float[Array, "n height width c"]) -> Float[Array, "n rows colu
 def pooled(
     sides: tuple[int, int], *, layers: int, kernel: int, padding: str
 ) -> tuple[int, int]:
-    """How many pixels are left by convolutions that are each halved by pooling.
+    """How many pixels are left after convolutions with a pooling after each.
 
     Args:
-        sides: height and width of the images.
-        layers: how many convolutions there are.
-        kernel: the side of their kernels.
+        sides: the height and width of the images.
+        layers: the number of convolutions.
+        kernel: the height and width of their kernels.
         padding: "SAME" or "VALID", as in flax.
     """
     lost = kernel - 1 if padding == "VALID" else 0

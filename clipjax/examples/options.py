@@ -1,6 +1,6 @@
-"""The words that `python -m clipjax train` takes, and what they may be.
+"""The options of `python -m clipjax train`, and the values that they may have.
 
-What they mean is up to `clipjax.cli`.  This needs nothing but Python, so that `--help`
+`clipjax.cli` says what they mean.  This file needs nothing but Python, so that `--help`
 works without the extra `train`.
 """
 

@@ -1,7 +1,7 @@
-"""What a run leaves behind: the model, the history and a picture of it.
+"""The files that a run writes: the model, the history and a picture of it.
 
-Every file is written under another name first and then moved into place, so that a
-name in the output folder always stands for a whole file.
+Every file is written under another name first and then moved into place, so that no
+file in the output folder is ever half written.
 """
 
 import json
@@ -26,7 +26,7 @@ def check(folder: pathlib.Path) -> None:
     """Refuses a folder that cannot be written to, before any time is spent.
 
     Args:
-        folder: it need not be there yet.
+        folder: the output folder, which need not exist yet.
     """
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
@@ -40,7 +40,7 @@ def save(trained: Trained, *, folder: pathlib.Path, about: Mapping[str, str]) ->
 
     Args:
         trained: what to write.
-        folder: made where it is missing; files of these names are replaced.
+        folder: the output folder, made if it is missing; old files are replaced.
         about: what to write into the header of the model.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def listing(folder: pathlib.Path) -> str:
     """One line that names the files and their sizes.
 
     Args:
-        folder: where `save` wrote them.
+        folder: the folder that `save` wrote to.
     """
     sizes = {
         name: (folder / name).stat().st_size for name in (_MODEL, _LINES, _PICTURE)
@@ -67,8 +67,8 @@ def write(path: pathlib.Path, content: bytes) -> None:
     """Writes the whole file or nothing.
 
     Args:
-        path: the file; one that is already there is replaced.
-        content: its bytes.
+        path: the file; an old one is replaced.
+        content: the bytes of the file.
     """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -84,7 +84,7 @@ def write(path: pathlib.Path, content: bytes) -> None:
 def model(params: PyTree, *, about: Mapping[str, str]) -> bytes:
     """The parameters as a safetensors file, under their paths.
 
-    The arrays are whole: a zero takes as many bytes as any other entry.
+    Arrays are stored dense: a zero takes as many bytes as any other entry.
 
     Args:
         params: nested dicts of arrays.
@@ -98,10 +98,11 @@ def model(params: PyTree, *, about: Mapping[str, str]) -> bytes:
 def lines(trained: Trained) -> bytes:
     """The history as JSON lines, one for each step, counted from 1.
 
-    A number that is not finite, as a threshold before the first step, becomes null.
+    A number that is not finite, such as the first threshold of a rule without a past,
+    becomes null.
 
     Args:
-        trained: its history, and the validation accuracy after the steps that have one.
+        trained: the result, with its history and its validation accuracies.
     """
     rows = []
     for i in range(len(trained.history["loss"])):

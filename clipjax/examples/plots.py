@@ -21,9 +21,9 @@ def training(history: History, *, title: str = "") -> Figure:
     """Draws loss, gradient norm with its threshold, and sparsity against the steps.
 
     Args:
-        history: arrays with one entry for each step, as `train.joined` gives them;
-            `loss` and `norm` must be there, `threshold` and `sparsity` may be.
-        title: what to write above.
+        history: arrays with one entry for each step, as `train.joined` returns them;
+            `loss` and `norm` are needed, `threshold` and `sparsity` are drawn if given.
+        title: the title of the picture.
     """
     figure = Figure(figsize=(8, 8), layout="constrained")
     loss, norm, sparsity = figure.subplots(3, sharex=True)
@@ -52,15 +52,15 @@ def lines(
 ) -> Figure:
     """Draws curves against the same numbers, in panels beside each other.
 
-    Later curves are thinner, so that one that is covered can still be seen.  What is
-    infinite becomes a triangle at the top.
+    Later curves are thinner, so that one that is covered can still be seen.  An
+    infinite value becomes a triangle at the top.
 
     Args:
-        panels: by their title, the curves by their name.
-        x: what they are drawn against.
-        title: what the picture says.
-        labels: of the two axes.
-        logs: which axes are logarithmic: "x" and "y", or "%" for a y of plain numbers.
+        panels: from the title of each panel to its curves, by their names.
+        x: the numbers to draw the curves against.
+        title: the title of the picture.
+        labels: the labels of the two axes.
+        logs: which axes are logarithmic: "x", "y", or "%" for a y with plain numbers.
     """
     figure = Figure(figsize=(max(9, 3.6 * len(panels)), 4.2), layout="constrained")
     figure.suptitle(title)
@@ -88,10 +88,10 @@ def bars(
     """Draws bars to the right, grouped, with their numbers beside them.
 
     Args:
-        groups: by their name, the numbers by the name of their side.
-        title: what the picture says.
-        label: of the axis.
-        unit: how a number is written, as in "{:.2f}".
+        groups: from the name of each group to its numbers, by the names of the sides.
+        title: the title of the picture.
+        label: the label of the axis.
+        unit: the format of a number, such as "{:.2f}".
     """
     sides = list(next(iter(groups.values())))
     places, height = np.arange(len(groups)), 0.8 / len(sides)
@@ -117,7 +117,7 @@ def png(figure: Figure) -> bytes:
     """The picture as a file.
 
     Args:
-        figure: what was drawn.
+        figure: the picture.
     """
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)

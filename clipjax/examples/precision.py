@@ -1,7 +1,7 @@
-"""What rounding, overflow and bias do to a clip: measured, Optax's and ours alike.
+"""What rounding, overflow and bias do to a clip, in Optax and in clipjax.
 
 References are computed on the host in float64.  Every function returns plain numbers by
-side, `optax` or `clipjax`, so that the notebook can draw and the benchmark can print.
+side, `optax` or `clipjax`, for the notebook to draw and the benchmark to print.
 """
 
 import functools
@@ -36,9 +36,9 @@ class Extreme(NamedTuple):
     """A leaf of equal entries whose norm is hard to compute.
 
     Args:
-        entries: how many there are.
-        value: what they all are.
-        dtype: their dtype.
+        entries: the number of entries.
+        value: the value of each entry.
+        dtype: the dtype of the entries.
     """
 
     entries: int
@@ -73,8 +73,8 @@ def table(rows: Mapping[str, Mapping[str, float | str]], *, corner: str = "") ->
     """Returns the rows as a table in Markdown.
 
     Args:
-        rows: by name; all have the same columns.
-        corner: what the names of the rows are.
+        rows: from the name of each row to its cells, by column.
+        corner: the header of the column of names.
     """
     columns = list(next(iter(rows.values())))
     lines = [f"| {corner} | {' | '.join(columns)} |", f"| - |{' -: |' * len(columns)}"]
@@ -88,9 +88,9 @@ def norm_errors(dtype: str, leaves: Sequence[int], *, entries: int = 16) -> Side
     """Returns the relative errors of the norms of trees of normal numbers.
 
     Args:
-        dtype: of the tree.
-        leaves: how many leaves, for one error each.
-        entries: of a leaf.
+        dtype: the dtype of the trees.
+        leaves: the number of leaves of each tree.
+        entries: the number of entries of a leaf.
     """
     host = np.random.default_rng(0).standard_normal((max(leaves), entries))
     rounded = jnp.asarray(host, dtype)
@@ -104,10 +104,10 @@ def norm_errors(dtype: str, leaves: Sequence[int], *, entries: int = 16) -> Side
 
 
 def clipped_shares(extreme: Extreme) -> Sides:
-    """Returns what is left of the norm where half of it should be.
+    """Returns the share of the norm that is left by a clip to half the norm.
 
     Args:
-        extreme: the leaf; it is clipped to half its norm.
+        extreme: the leaf to clip.
     """
     leaf = jnp.full(extreme.entries, extreme.value, extreme.dtype)
     norm = _exact(leaf)
@@ -121,9 +121,10 @@ def excesses(dtype: str, *, cases: int = 2000, entries: int = 64) -> Sides:
     """Returns how often the norm is above its bound of 1 after a clip, and how much.
 
     Args:
-        dtype: of the updates.
-        cases: how many updates, of normal numbers whose norms are from 3 to 3,000.
-        entries: of an update.
+        dtype: the dtype of the updates.
+        cases: the number of updates, which hold normal numbers and have norms from 3 to
+            3,000.
+        entries: the number of entries of an update.
     """
     random = np.random.default_rng(0)
     sizes = 10 ** random.uniform(0, 2, (cases, 1)) * 3 / entries**0.5
@@ -168,7 +169,7 @@ def skewed(steps: int = 1000) -> Float[Array, " steps"]:
     """Gradients of mean 1.01: one in ten is 11, the others are -0.1.
 
     Args:
-        steps: how many, a multiple of ten.
+        steps: the number of gradients, a multiple of ten.
     """
     host = np.where(np.arange(steps) % 10, np.float32(-0.1), np.float32(11))
     return jnp.asarray(np.random.default_rng(0).permutation(host))
@@ -177,11 +178,11 @@ def skewed(steps: int = 1000) -> Float[Array, " steps"]:
 def mean_after(
     tx: optax.GradientTransformation, updates: Float[Array, " steps"]
 ) -> Float[Array, ""]:
-    """Returns the mean of what a transform makes of a sequence of updates.
+    """Returns the mean of the updates that leave a transform.
 
     Args:
         tx: the transform.
-        updates: one for each step.
+        updates: the incoming updates, one for each step.
     """
 
     def step(state, update):
@@ -196,8 +197,8 @@ def biases(bounds: Sequence[float], *, steps: int = 1000) -> Sides:
     """Returns the mean of clipped `skewed` gradients, for each bound.
 
     Args:
-        bounds: on the absolute value.
-        steps: how many gradients there are.
+        bounds: the bounds on the absolute value.
+        steps: the number of gradients.
     """
     grads, each = skewed(steps), jnp.asarray(bounds, jnp.float32)
 
@@ -214,12 +215,12 @@ def biases(bounds: Sequence[float], *, steps: int = 1000) -> Sides:
 
 
 def clipped(tx: optax.GradientTransformation, updates: Any, params: Any = None) -> Any:
-    """Returns what the first step of a transform makes of the updates.
+    """Returns the updates after the first step of a transform.
 
     Args:
         tx: the transform.
-        updates: a tree.
-        params: for transforms that need them.
+        updates: the incoming updates.
+        params: the parameters, for transforms that read them.
     """
     return tx.update(updates, tx.init(updates), params)[0]
 

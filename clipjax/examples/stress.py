@@ -25,11 +25,11 @@ class Plan(NamedTuple):
     Args:
         net: the network.
         dataset: the images.
-        rate: of stochastic gradient descent.
-        steps: how many.
-        batch_size: images in a step.
-        bad: the share of the steps whose images are `brighter` than they should be.
-        brighter: how many times.
+        rate: the learning rate of stochastic gradient descent.
+        steps: the number of steps.
+        batch_size: the number of images in a step.
+        bad: the share of the steps whose images are too bright.
+        brighter: how many times too bright they are.
     """
 
     net: nets.Net
@@ -48,10 +48,10 @@ def sweep(
 
     Args:
         plan: what to train.
-        make: makes the optimizer from a knob, a traced value; it is given the loss of
-            the batch as `value_fn`, for those that ask for it.
-        knobs: one for each row.
-        seeds: decide the first parameters and the batches.
+        make: a function from a knob, a traced value, to an optimizer, which is given
+            the loss of the batch as `value_fn`.
+        knobs: the knobs, one for each row of the result.
+        seeds: the number of seeds, for the first parameters and the batches.
     """
 
     def final(knob, key):
@@ -86,10 +86,10 @@ def mixed(
 
     Args:
         plan: what to train.
-        clip: makes the clip from its bound.
-        bound: on the norm of the gradient.
-        dtype: of the gradients, and of all that makes them.
-        loss_scale: what the loss is multiplied with, so that none underflows.
+        clip: a function from the bound to the clip.
+        bound: the bound on the norm of the gradient.
+        dtype: the dtype of the gradients, and of the loss and the network.
+        loss_scale: the factor of the loss, so that small gradients do not underflow.
     """
     tx = clip(bound * loss_scale)
 

@@ -37,9 +37,9 @@ class Trained(NamedTuple):
     """What came out of a training.
 
     Args:
-        params: the parameters in the end.
-        history: for every name in the logs an array with an entry for each step.
-        validation: accuracy on the validation split, by the steps done before.
+        params: the parameters after the last step.
+        history: for every name in the logs, an array with an entry for each step.
+        validation: the accuracy on the validation split, by the number of steps.
     """
 
     params: PyTree
@@ -59,8 +59,8 @@ def start(
     Args:
         net: the network.
         tx: the optimizer.
-        shape: of one image, as `Dataset.shape`.
-        key: decides the first parameters.
+        shape: the shape of one image, as `Dataset.shape`.
+        key: the key for the first parameters.
     """
     params = jax.jit(net.init, static_argnums=1)(key, shape)
     return State(params, jax.jit(tx.init)(params))
@@ -75,9 +75,9 @@ def loop(
 ) -> Run:
     """Compiles `run(state, split, order, key)`: one step for every row of `order`.
 
-    A row of `order` says which images make up the batch.  What comes back is the new
+    A row of `order` holds the indices of a batch of images.  `run` returns the new
     state and a log, a dict of arrays with one entry for each step: `loss`, `accuracy`
-    on the batch, and what `clipjax.metrics` finds.
+    on the batch, and all of `clipjax.metrics`.
 
     Args:
         net: the network.
@@ -122,10 +122,10 @@ def shuffles(
     not fill a step are left out, different ones in every epoch.
 
     Args:
-        count: how many images there are.
-        batch_size: how many go into a step, at most `count`.
-        epochs: how often to go through all of them.
-        seed: decides the order.
+        count: the number of images.
+        batch_size: the number of images in a step, at most `count`.
+        epochs: the number of passes over all images.
+        seed: the seed of the order.
     """
     shape = _parts(count, batch_size)
     generator = np.random.default_rng(seed)
@@ -138,7 +138,8 @@ def steps_per_epoch(count: int, *, batch_size: int) -> int:
     """How many steps `shuffles` makes of `count` images.
 
     Example:
-        >>> steps_per_epoch(55_000, batch_size=100)  # 11 parts of 50
+        >>> from clipjax.examples import train
+        >>> train.steps_per_epoch(55_000, batch_size=100)  # 11 parts of 50
         550
     """
     parts, length, _ = _parts(count, batch_size)
@@ -155,14 +156,14 @@ def fit(
 ) -> Iterator[tuple[State, History]]:
     """Trains, and yields the state and the log after every part.
 
-    Whoever stops taking has the last whole state: nothing is donated or changed.
+    You may stop at any part and keep its state: nothing is donated or changed.
 
     Args:
-        run: what `loop` compiled.
-        state: where to start.
+        run: the function that `loop` returned.
+        state: the state to start from.
         split: the images to train on.
-        orders: which images make up the batches, as `shuffles` gives them.
-        key: decides how the images are shifted.
+        orders: the orders of the images, as `shuffles` yields them.
+        key: the key for the shifts of the images.
     """
     split = jax.device_put(split)
     for order in itertools.chain.from_iterable(orders):
@@ -172,10 +173,10 @@ def fit(
 
 
 def joined(logs: Sequence[History]) -> History:
-    """Strings the logs of the parts together.
+    """Concatenates the logs of the parts.
 
     Args:
-        logs: at least one log, as `fit` yields them.
+        logs: one or more logs, as `fit` yields them.
     """
     return {name: np.concatenate([log[name] for log in logs]) for name in logs[0]}
 
@@ -185,8 +186,8 @@ def accuracy(net: nets.Net, params: PyTree, split: data.Split) -> float:
 
     Args:
         net: the network.
-        params: its parameters.
-        split: the images to judge it by.
+        params: the parameters of the network.
+        split: the images and their labels.
     """
     right = _right(net, params, split.images, split.labels)
     return float(np.mean(np.asarray(right)))
@@ -197,12 +198,12 @@ def shifted(
 ) -> Float[Array, "n height width c"]:
     """Moves every image by its own random number of pixels, down and across.
 
-    What comes in from outside is 0.
+    Pixels that come in from outside are 0.
 
     Args:
-        images: rows of images.
-        key: decides the moves.
-        pixels: the farthest move; 0 leaves the images alone.
+        images: a batch of images.
+        key: the key for the moves.
+        pixels: the largest move; 0 leaves the images as they are.
     """
     if not pixels:
         return images

@@ -1,5 +1,7 @@
 """Dense weights in the optimizer's state, sparse ones in the network."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -42,62 +44,66 @@ def latent(
     storage: masks.Bits | masks.Booleans = masks.Bits(),
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Optimizes dense weights that only the optimizer knows; the network is sparse.
+    """Trains dense weights in the optimizer's state, behind sparse parameters.
 
     zₜ₊₁ = zₜ + inner(∂zₜ; zₜ), θₜ₊₁ = mₜ₊₁ ⊙ ψ(zₜ₊₁)
 
-    What is pruned goes on learning, and returns once it is large enough.  The
+    Use it where pruned weights should go on learning and return when they are large
+    enough: the most accurate way to a high sparsity, at the price of a dense copy.  The
     reparametrization says what ψ is, how a gradient at θ becomes one of z, and how
-    masks change: straight-through, SR-STE, Top-KAST, dynamic network surgery, soft
-    thresholds, power propagation.
+    masks change.
 
-    Wraps the optimizer, which sees the latent weights for parameters: weight decay
-    draws on them.  Nothing may follow that changes the update.  Parameters without a
-    mask are stepped by `inner` as usual.  Where ψ learns a number for each leaf,
-    `inner` sees a pair: the tree, and these numbers by path.
+    It wraps the optimizer, which sees the latent weights z as its parameters: weight
+    decay acts on them.  Nothing after it may change the update.  Leaves without a mask
+    are stepped by `inner` as usual.  Where ψ learns a number for each leaf, `inner`
+    sees a pair: the tree, and these numbers by path.
 
-    `optax.apply_updates` gives exactly 0.0 where θ is, in every dtype; elsewhere θ as
-    the parameter's dtype has it, but for the rounding of θₜ + (θₜ₊₁ - θₜ), which the
-    next step makes good.
+    `optax.apply_updates` gives exactly 0.0 where θ is zero, in every dtype.  Elsewhere
+    it gives θ in the parameter's dtype, apart from the rounding of θₜ + (θₜ₊₁ - θₜ),
+    which the next step corrects.
 
     Masks are made at the end of a step, from the new latent weights: after step t the
-    sparsity is s(t).  `init` makes the first, by magnitude, for the gradient of step 0,
-    but cannot change parameters: without `latents.sparse_params(state, params)` that is
-    the gradient of a dense network.  `latents.latent_params` returns the dense weights.
+    sparsity is s(t).  `init` makes the first mask by magnitude, but cannot change the
+    parameters: call `latents.sparse_params(state, params)` before the first step, or
+    its gradient is that of the dense network.  `latents.latent_params` returns z.
 
-    A step with a NaN or an infinity in the gradient is none: all stays as it was, and
-    so does the schedule of the sparsity.  A latent weight that would not be finite
-    stays where it is, and one whose parameter is not at the start is zero.
+    A step with a NaN or an infinity in the gradient changes nothing, not even the step
+    of the schedule.  A latent weight that would not be finite stays where it is; one
+    whose parameter is not finite at the start is zero.
 
-    Memory beside `inner`: a copy of the parameters in float32 or wider, and one bit or
-    byte a parameter, by `storage`; two with a backward sparsity.  An update narrower
-    than its parameter leaves in the parameter's dtype.  Under `jax.vmap` masks are made
-    in every step.
+    State beside that of `inner`: a copy of the parameters in float32 or wider, and one
+    mask, or two with a backward sparsity.  An update that is narrower than its
+    parameter is returned in the parameter's dtype.  Under `jax.vmap` every step makes
+    masks.
 
     Args:
-        inner: the optimizer; sees gradients of the latents' dtype.
+        inner: the optimizer, which sees gradients in the dtype of the latent weights.
         sparsity: s in [0, 1], the share of zeros in all selected leaves together; a
-            number, a traced value or a schedule; `None` where the reparametrization
-            sets zeros by thresholds of its own.
-        reparametrization: from `reparametrizations`.
-        score: a function of ψ(z) and its gradient at θ, the highest to keep, or a value
-            that remembers, as `scores.Movement(gradients=True)`.
-        pattern: in what shape zeros come, from `patterns`.
+            number, a traced value or a schedule.  `None` where the
+            reparametrization has thresholds of its own.
+        reparametrization: how weights follow from latent ones, from `latents`.
+        score: a function of ψ(z) and its gradient at θ that returns the score of every
+            entry; or one that remembers, such as `scores.Movement(gradients=True)`.
+        pattern: in what shape zeros come, from `patterns`; or a function from path and
+            leaf to a pattern: the leaves of each pattern then meet the sparsity by
+            themselves.
         allocation: how the leaves share the sparsity, from `allocations`.
-        every: steps between two masks, ≥ 1, rounded down; or a schedule of them.
-        where: which leaves are made sparse, by path and leaf; floating leaves of rank 2
-            or more that are no bias, scale or embedding.
-        storage: how a mask is kept between two steps, and what is explored with it.
+        every: the number of steps between two masks, ≥ 1, rounded down; or a schedule
+            of it.
+        where: which leaves are made sparse, by path and leaf; by default floating
+            leaves of rank 2 or more that are no bias, scale or embedding.
+        storage: how a mask is kept between two steps, from `masks`.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split;
-            along their first axis, where the allocation asks for shapes.
+            along their first axis, where the allocation reads shapes.
 
     Example:
-        >>> from clipjax import latent
-        >>> from clipjax.latents import sparse_params
-        >>> tx = latent(optax.sgd(1.0), 0.5)
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> import clipjax
+        >>> tx = clipjax.latent(optax.sgd(1.0), 0.5)
         >>> params = {"kernel": jnp.array([[3.0, 1.0], [-2.0, 0.5]])}
         >>> state = tx.init(params)
-        >>> params = sparse_params(state, params)
+        >>> params = clipjax.latents.sparse_params(state, params)
         >>> params["kernel"]
         Array([[ 3.,  0.],
                [-2.,  0.]], dtype=float32)

@@ -1,5 +1,7 @@
 """When masks of latent weights are made, and of what."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Callable

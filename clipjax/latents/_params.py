@@ -1,5 +1,7 @@
 """Reading the state of `latent`: the dense weights, and the first sparse ones."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 
@@ -24,12 +26,12 @@ def sparse_params(opt_state: PyTree, params: PyTree) -> PyTree:
         params: the parameters.
 
     Example:
-        >>> import optax
         >>> import jax.numpy as jnp
-        >>> from clipjax import latent
+        >>> import optax
+        >>> import clipjax
         >>> params = {"kernel": jnp.array([[3.0, 1.0], [-2.0, 0.5]])}
-        >>> state = latent(optax.adam(1e-3), 0.5).init(params)
-        >>> sparse_params(state, params)["kernel"]
+        >>> state = clipjax.latent(optax.adam(1e-3), 0.5).init(params)
+        >>> clipjax.latents.sparse_params(state, params)["kernel"]
         Array([[ 3.,  0.],
                [-2.,  0.]], dtype=float32)
     """
@@ -50,12 +52,14 @@ def latent_params(opt_state: PyTree, params: PyTree) -> PyTree:
         params: the parameters.
 
     Example:
-        >>> import optax
         >>> import jax.numpy as jnp
-        >>> from clipjax import latent
+        >>> import optax
+        >>> import clipjax
         >>> params = {"kernel": jnp.array([[3.0, 1.0], [-2.0, 0.5]])}
-        >>> state = latent(optax.adam(1e-3), 0.5).init(params)
-        >>> latent_params(state, sparse_params(state, params))["kernel"]
+        >>> state = clipjax.latent(optax.adam(1e-3), 0.5).init(params)
+        >>> clipjax.latents.latent_params(
+        ...     state, clipjax.latents.sparse_params(state, params)
+        ... )["kernel"]
         Array([[ 3. ,  1. ],
                [-2. ,  0.5]], dtype=float32)
     """

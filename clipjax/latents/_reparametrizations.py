@@ -1,5 +1,7 @@
 """The published methods, and the parts that they are made of."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -163,8 +165,14 @@ class Reparametrization:
             from its first weights on.
 
     Example:
-        >>> both = Reparametrization(Power(2.0), hysteresis=0.1)
-        >>> both == dataclasses.replace(power_propagation(2.0), hysteresis=0.1)
+        >>> import dataclasses
+        >>> import clipjax
+        >>> both = clipjax.latents.Reparametrization(
+        ...     clipjax.latents.Power(2.0), hysteresis=0.1
+        ... )
+        >>> both == dataclasses.replace(
+        ...     clipjax.latents.power_propagation(2.0), hysteresis=0.1
+        ... )
         True
     """
 
@@ -190,7 +198,8 @@ def straight_through() -> Reparametrization:
     θ = m ⊙ z, ∂z = g
 
     Example:
-        >>> straight_through() == Reparametrization()
+        >>> import clipjax
+        >>> clipjax.latents.straight_through() == clipjax.latents.Reparametrization()
         True
 
     Reference:
@@ -212,9 +221,13 @@ def sr_ste(decay: Number | Schedule = 2e-4) -> Reparametrization:
         decay: λ ≥ 0; a number, a traced value or a schedule.
 
     Example:
+        >>> import jax.numpy as jnp
+        >>> import clipjax
         >>> kept = jnp.array([True, False])
-        >>> sets = Sets(kept, kept, jnp.float32(0.5))
-        >>> sr_ste(0.25).penalty(jnp.array([3.0, 4.0]), sets, jnp.int32(0))
+        >>> sets = clipjax.latents.Sets(kept, kept, jnp.float32(0.5))
+        >>> clipjax.latents.sr_ste(0.25).penalty(
+        ...     jnp.array([3.0, 4.0]), sets, jnp.int32(0)
+        ... )
         Array([0., 1.], dtype=float32)
 
     Reference:
@@ -243,14 +256,16 @@ def top_kast(
 
     Args:
         backward_sparsity: the share of entries without a gradient, in [0, 1], at most
-            the sparsity; at 1, only what is kept gets one.  This one and the next are
-            numbers, traced values or schedules.
-        decay: λ ≥ 0.
+            the sparsity; at 1, only what is kept gets one; a number, a traced value
+            or a schedule.
+        decay: λ ≥ 0, a number, a traced value or a schedule.
 
     Example:
+        >>> import jax.numpy as jnp
+        >>> import clipjax
         >>> kept, explored = jnp.array([1, 0, 0]) > 0, jnp.array([1, 1, 0]) > 0
-        >>> sets = Sets(kept, explored, jnp.float32(0.5))
-        >>> rule = top_kast(0.5, decay=0.125)
+        >>> sets = clipjax.latents.Sets(kept, explored, jnp.float32(0.5))
+        >>> rule = clipjax.latents.top_kast(0.5, decay=0.125)
         >>> rule.penalty(jnp.array([8.0, 4.0, 2.0]), sets, jnp.int32(0))
         Array([1., 1., 0.], dtype=float32)
 
@@ -296,7 +311,9 @@ def surgery(
         deviations: c, chosen for each network; `None` for a threshold by sparsity.
 
     Example:
-        >>> rule = surgery(deviations=1.0)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> rule = clipjax.latents.surgery(deviations=1.0)
         >>> rule.threshold(jnp.array([1.0, -3.0]), None)  # 2 + 1
         Array(3., dtype=float32)
 
@@ -335,7 +352,9 @@ def soft_threshold(level: Number = -3200.0) -> Reparametrization:
         level: where ℓ starts, the same in all leaves.
 
     Example:
-        >>> curve = soft_threshold().curve
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> curve = clipjax.latents.soft_threshold().curve
         >>> curve.weights(jnp.array([2.0, -0.25]), jnp.float32(0.0))  # σ(0) = 0.5
         Array([ 1.5, -0. ], dtype=float32)
 
@@ -360,7 +379,9 @@ def power_propagation(exponent: Number = 2.0) -> Reparametrization:
         exponent: α ≥ 1; at 1 it is `straight_through`.
 
     Example:
-        >>> curve = power_propagation(2.0).curve
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> curve = clipjax.latents.power_propagation(2.0).curve
         >>> curve.weights(curve.latent(jnp.array([4.0, -9.0]), None), None)
         Array([ 4., -9.], dtype=float32)
 

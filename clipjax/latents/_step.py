@@ -1,5 +1,7 @@
 """One step of an optimizer on latent weights."""
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any, NamedTuple
 

@@ -1,8 +1,16 @@
-"""How large a tree is, in float32 or wider whatever the dtype of its leaves.
+"""Norms, in float32 or wider whatever the dtype of the leaves.
 
-A sum of squares is kept in float32 across all leaves: in bfloat16 it stands still at
-about 22 times one leaf's norm, and in float16 it overflows at 256.  Leaves that hold no
-floating-point numbers do not count.
+| the norm of ...          | use                                                       |
+| ------------------------ | --------------------------------------------------------- |
+| a whole tree             | `global_norm`, `rms`, `inf_norm`                          |
+| each leaf                | `leaf_norms`                                              |
+| each unit of each leaf   | `unit_norms`                                              |
+| each unit of one leaf    | `unit_norm`, `unit_rms`, `unit_inf_norm`                  |
+| a matrix, as an operator | `spectral_norm`                                           |
+
+Use them in place of `optax.tree.norm` where leaves are narrow: summed in bfloat16, the
+norm of many leaves stands still at about 22 times that of one; in float16 it overflows
+at 256.  Leaves that hold no floating-point numbers do not count.
 """
 
 from ._norms import (

@@ -1,5 +1,7 @@
 """The norms: of a tree, of its leaves, of units, of matrices."""
 
+from __future__ import annotations
+
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -37,10 +39,12 @@ def global_norm(
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
+        >>> import jax.numpy as jnp
+        >>> import clipjax
         >>> half = {"a": jnp.float16(300), "b": jnp.full(3, 300, jnp.float16)}
-        >>> global_norm(half)  # in float16 the squares are infinite
+        >>> clipjax.norms.global_norm(half)  # in float16 the squares are infinite
         Array(600., dtype=float32)
-        >>> global_norm(jnp.array([3e30, 4e30]), scaled=True)
+        >>> clipjax.norms.global_norm(jnp.array([3e30, 4e30]), scaled=True)
         Array(5.e+30, dtype=float32)
     """
     leaves = {str(i): x for i, x in enumerate(_leaves(tree))}
@@ -58,7 +62,9 @@ def rms(tree: PyTree, *, axis_name: AxisName = None) -> Float[Array, ""]:
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> rms([jnp.array([1.0, 7.0]), jnp.array([5.0, 5.0])])
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.norms.rms([jnp.array([1.0, 7.0]), jnp.array([5.0, 5.0])])
         Array(5., dtype=float32)
     """
     leaves = _leaves(tree)
@@ -76,7 +82,9 @@ def inf_norm(tree: PyTree, *, axis_name: AxisName = None) -> Float[Array, ""]:
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> inf_norm({"w": jnp.array([3.0, -4.0]), "b": jnp.float32(1)})
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.norms.inf_norm({"w": jnp.array([3.0, -4.0]), "b": jnp.float32(1)})
         Array(4., dtype=float32)
     """
     leaves = _leaves(tree)
@@ -105,9 +113,11 @@ def leaf_norms(
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> leaf_norms({"w": jnp.array([3.0, 4.0]), "b": jnp.float32(-2)})
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.norms.leaf_norms({"w": jnp.array([3.0, 4.0]), "b": jnp.float32(-2)})
         {'b': Array(2., dtype=float32), 'w': Array(5., dtype=float32)}
-        >>> leaf_norms([jnp.array([1.0, 7.0])], rms)
+        >>> clipjax.norms.leaf_norms([jnp.array([1.0, 7.0])], clipjax.norms.rms)
         [Array(5., dtype=float32)]
     """
     if norm is not None:
@@ -135,7 +145,9 @@ def unit_norm(
         axis_name: inside `jax.shard_map`, the mesh axes over which units are split.
 
     Example:
-        >>> unit_norm(jnp.array([[3.0, 1.0], [4.0, 0.0]]), axis=0)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.norms.unit_norm(jnp.array([[3.0, 1.0], [4.0, 0.0]]), axis=0)
         Array([[5., 1.]], dtype=float32)
     """
     squares = jnp.sum(square(trees.wide(x)), axis=axis, keepdims=True)
@@ -148,7 +160,9 @@ def unit_rms(
     """Returns the root mean square of every unit; arguments as for `unit_norm`.
 
     Example:
-        >>> unit_rms(jnp.array([[1.0, 2.0], [7.0, 2.0]]), axis=0)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.norms.unit_rms(jnp.array([[1.0, 2.0], [7.0, 2.0]]), axis=0)
         Array([[5., 2.]], dtype=float32)
     """
     squares = jnp.sum(square(trees.wide(x)), axis=axis, keepdims=True)
@@ -162,7 +176,9 @@ def unit_inf_norm(
     """Returns the largest magnitude in every unit; arguments as for `unit_norm`.
 
     Example:
-        >>> unit_inf_norm(jnp.array([[3.0, 1.0], [-4.0, 0.0]]), axis=0)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.norms.unit_inf_norm(jnp.array([[3.0, 1.0], [-4.0, 0.0]]), axis=0)
         Array([[4., 1.]], dtype=float32)
     """
     peaks = jnp.max(jnp.abs(trees.wide(x)), axis=axis, keepdims=True, initial=0)
@@ -192,7 +208,9 @@ def spectral_norm(
             has a matrix of its own.
 
     Example:
-        >>> spectral_norm(jnp.array([[3.0, 0.0], [0.0, -4.0]]))
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.norms.spectral_norm(jnp.array([[3.0, 0.0], [0.0, -4.0]]))
         Array([[4.]], dtype=float32)
     """
     axes = tuple(range(x.ndim)) if axis is None else axis
@@ -250,7 +268,9 @@ def unit_norms(
             all leaves or by path.
 
     Example:
-        >>> unit_norms({"w": jnp.array([[3e30], [4e30]])}, {"w": 0})
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.norms.unit_norms({"w": jnp.array([[3e30], [4e30]])}, {"w": 0})
         {'w': Array([[5.e+30]], dtype=float32)}
     """
     spans = {path: _counted(x, axes[path]) for path, x in leaves.items()}

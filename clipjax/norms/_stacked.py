@@ -4,6 +4,8 @@ So that all but the reading of an array is written once, and not once an array: 
 compiler, and whoever reads what it made, meets a leaf three times and not thirty.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -185,7 +187,7 @@ def largest(
     norms: Float[Array, "..."],
     axes: tuple[int, ...] | None = None,
     over: tuple[str, ...] = (),
-    where: Array | bool = True,
+    where: Array | None = None,
 ) -> Float[Array, "..."]:
     """Returns the largest of several norms, NaN where one is."""
     peak = jnp.max(norms, axes, initial=0, where=where)

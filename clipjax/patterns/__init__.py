@@ -1,9 +1,18 @@
 """In what shape zeros come: from scores and a sparsity to masks.
 
-A pattern is a frozen value with one method, `masks`; `sparsify` calls it with the
-scores of all leaves by path, so that a pattern may compare them.  Where a network
-needs several patterns, a function of path and leaf takes the place of the pattern, and
-the leaves of each pattern share the sparsity among themselves.
+| you want to keep ...                          | use                                  |
+| --------------------------------------------- | ------------------------------------ |
+| any entries (the default)                     | `Unstructured`                       |
+| n of every m neighbors                        | `NofM`                               |
+| whole tiles                                   | `Blocks`                             |
+| whole neurons or filters                      | `Channels`                           |
+| the same number of inputs for every output    | `FanIn`                              |
+| one of these inside another                   | `Combined`                           |
+
+A pattern is a frozen value with one method, `masks`, which gets the scores of all
+leaves by path and may compare them.  Where a network needs several patterns, pass a
+function of path and leaf; the leaves of each pattern then share the sparsity among
+themselves.
 
 Inside `jax.shard_map`, `NofM` and `Blocks` need groups and blocks that lie on one
 device, and `Channels` and `FanIn` refuse a leaf that is split.  Under `jax.jit` all are

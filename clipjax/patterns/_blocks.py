@@ -1,5 +1,7 @@
 """Whole blocks of a grid over some axes."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable, Mapping
 
@@ -34,10 +36,11 @@ class Blocks:
             stays dense, and is not counted; otherwise it is refused.
 
     Example:
-        >>> from clipjax import allocations
+        >>> import jax.numpy as jnp
+        >>> import clipjax
         >>> scores = {"kernel": jnp.array([[3.0, 1.0, 2.0, 2.0, 9.0, 0.0]])}
-        >>> pairs = Blocks((2,), axes=(-1,))
-        >>> masks = pairs.masks(scores, 2 / 3, allocation=allocations.uniform)
+        >>> pairs = clipjax.patterns.Blocks((2,), axes=(-1,))
+        >>> masks = pairs.masks(scores, 2 / 3, allocation=clipjax.allocations.uniform)
         >>> masks["kernel"].astype(int)
         Array([[0, 0, 0, 0, 1, 1]], dtype=int32)
 

@@ -1,5 +1,7 @@
 """Several patterns in one model: which leaf has which is told by its path."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 
 from jaxtyping import Array
@@ -38,11 +40,17 @@ def marks(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from clipjax.allocations import uniform
-        >>> from clipjax.patterns import NofM
+        >>> import clipjax
+        >>> from clipjax.patterns._by_path import marks
         >>> scores = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([3.0, 4.0])}
-        >>> own = lambda path, leaf: NofM(2, 2) if path == "a" else Unstructured()
-        >>> marks(scores, scores, 0.5, pattern=own, allocation=uniform)
+        >>> own = lambda path, leaf: (
+        ...     clipjax.patterns.NofM(2, 2)
+        ...     if path == "a"
+        ...     else clipjax.patterns.Unstructured()
+        ... )
+        >>> marks(
+        ...     scores, scores, 0.5, pattern=own, allocation=clipjax.allocations.uniform
+        ... )
         {'a': Array([ True,  True], dtype=bool), 'b': Array([False,  True], dtype=bool)}
     """
     groups: list[tuple[Pattern, dict[str, Scores]]] = []

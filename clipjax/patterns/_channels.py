@@ -1,5 +1,7 @@
 """Whole units of a layer."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Mapping
 
@@ -30,9 +32,12 @@ class Channels:
             that keeps the axes with length 1.  What is not finite spoils its unit.
 
     Example:
-        >>> from clipjax import allocations
+        >>> import jax.numpy as jnp
+        >>> import clipjax
         >>> scores = {"kernel": jnp.array([[3.0, 1.0, 2.0], [0.0, 1.0, 3.0]])}
-        >>> masks = Channels().masks(scores, 2 / 3, allocation=allocations.uniform)
+        >>> masks = clipjax.patterns.Channels().masks(
+        ...     scores, 2 / 3, allocation=clipjax.allocations.uniform
+        ... )
         >>> masks["kernel"].astype(int)
         Array([[0, 0, 1],
                [0, 0, 1]], dtype=int32)

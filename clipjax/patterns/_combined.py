@@ -1,5 +1,7 @@
 """One pattern inside what another keeps."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Mapping
 
@@ -28,11 +30,15 @@ class Combined:
             never exceeds.
 
     Example:
-        >>> from clipjax import allocations
-        >>> from clipjax.patterns import Channels, NofM
+        >>> import jax.numpy as jnp
+        >>> import clipjax
         >>> weights = jnp.array([[3.0, 1.0], [2.0, 1.0], [5.0, 4.0], [6.0, 1.0]])
-        >>> both = Combined(Channels(), NofM(2, 4, axis=0))
-        >>> masks = both.masks({"w": weights}, 0.5, allocation=allocations.uniform)
+        >>> both = clipjax.patterns.Combined(
+        ...     clipjax.patterns.Channels(), clipjax.patterns.NofM(2, 4, axis=0)
+        ... )
+        >>> masks = both.masks(
+        ...     {"w": weights}, 0.5, allocation=clipjax.allocations.uniform
+        ... )
         >>> masks["w"].astype(int)
         Array([[0, 0],
                [0, 0],

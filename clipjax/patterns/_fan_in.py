@@ -1,5 +1,7 @@
 """The same number of entries in every unit."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -31,9 +33,12 @@ class FanIn:
             which each then has the same number of inputs.
 
     Example:
-        >>> from clipjax import allocations
+        >>> import jax.numpy as jnp
+        >>> import clipjax
         >>> weights = jnp.array([[3.0, 1.0], [9.0, 2.0], [8.0, 2.0], [0.0, 0.5]])
-        >>> masks = FanIn().masks({"w": weights}, 0.5, allocation=allocations.uniform)
+        >>> masks = clipjax.patterns.FanIn().masks(
+        ...     {"w": weights}, 0.5, allocation=clipjax.allocations.uniform
+        ... )
         >>> masks["w"].astype(int)
         Array([[0, 0],
                [1, 1],

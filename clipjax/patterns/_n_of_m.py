@@ -1,5 +1,7 @@
 """A fixed number of entries in every few neighbors."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Mapping
 
@@ -33,9 +35,12 @@ class NofM:
             otherwise it is refused.
 
     Example:
-        >>> from clipjax import allocations
+        >>> import jax.numpy as jnp
+        >>> import clipjax
         >>> scores = {"kernel": jnp.array([3.0, 1.0, 2.0, 2.0, 0.0, 0.0, 0.0, 9.0])}
-        >>> masks = NofM(2, 4).masks(scores, 0.5, allocation=allocations.uniform)
+        >>> masks = clipjax.patterns.NofM(2, 4).masks(
+        ...     scores, 0.5, allocation=clipjax.allocations.uniform
+        ... )
         >>> masks["kernel"].astype(int)
         Array([1, 0, 1, 0, 1, 0, 0, 1], dtype=int32)
 

@@ -1,5 +1,7 @@
 """What a pattern is, and what all patterns do with scores."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Mapping
 from typing import Protocol, runtime_checkable
 
@@ -19,7 +21,7 @@ Masks = dict[str, Bool[Array, "..."]]
 
 @runtime_checkable
 class Pattern(Protocol):
-    """What a pattern has to offer."""
+    """The method of a pattern."""
 
     def masks(
         self,

@@ -1,5 +1,7 @@
 """How the scores of a block become one."""
 
+from __future__ import annotations
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -12,7 +14,9 @@ def mean(scores: Float[Array, "..."], axis: Axes) -> Float[Array, "..."]:
     """Returns the mean over some axes, kept with length 1.
 
     Example:
-        >>> mean(jnp.array([[3.0, 4.0]]), -1)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.patterns.mean(jnp.array([[3.0, 4.0]]), -1)
         Array([[3.5]], dtype=float32)
     """
     return jnp.mean(trees.wide(scores), axis, keepdims=True)
@@ -22,7 +26,9 @@ def max(scores: Float[Array, "..."], axis: Axes) -> Float[Array, "..."]:
     """Returns the highest score over some axes, kept with length 1.
 
     Example:
-        >>> max(jnp.array([[3.0, 4.0]]), -1)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.patterns.max(jnp.array([[3.0, 4.0]]), -1)
         Array([[4.]], dtype=float32)
     """
     return jnp.max(trees.wide(scores), axis, keepdims=True)
@@ -34,7 +40,9 @@ def l2(scores: Float[Array, "..."], axis: Axes) -> Float[Array, "..."]:
     ‖max(s, 0)‖₂ - ‖max(-s, 0)‖₂, so that scores below zero count against a block
 
     Example:
-        >>> l2(jnp.array([[3.0, 4.0], [0.0, -4.0]]), -1)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.patterns.l2(jnp.array([[3.0, 4.0], [0.0, -4.0]]), -1)
         Array([[ 5.],
                [-4.]], dtype=float32)
     """

@@ -1,5 +1,7 @@
 """Zeros wherever the scores are lowest."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Mapping
 
@@ -18,9 +20,11 @@ class Unstructured:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from clipjax import allocations
+        >>> import clipjax
         >>> scores = {"kernel": jnp.array([3.0, 1.0, 2.0, 2.0])}
-        >>> Unstructured().masks(scores, 0.5, allocation=allocations.uniform)
+        >>> clipjax.patterns.Unstructured().masks(
+        ...     scores, 0.5, allocation=clipjax.allocations.uniform
+        ... )
         {'kernel': Array([ True, False,  True, False], dtype=bool)}
     """
 

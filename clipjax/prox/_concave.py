@@ -1,8 +1,10 @@
 """Penalties that level off, so that large entries are not shrunk.
 
-Where a step is longer than the penalty is curved, its objective has two minima, and the
-lower is taken: the soft threshold turns into a hard one.
+With a large step size the objective of the proximal operator has two minima; it takes
+the lower one, and so jumps to zero as a hard threshold does.
 """
+
+from __future__ import annotations
 
 import dataclasses
 
@@ -16,19 +18,25 @@ from ._entries import like, resized, total
 
 @dataclasses.dataclass(frozen=True)
 class MCP:
-    """The minimax concave penalty, which the firm threshold answers.
+    """The minimax concave penalty: as `L1` near zero, constant beyond γλ.
 
     Σᵢ λ|xᵢ| - xᵢ²/(2γ) where |xᵢ| ≤ γλ, else ½γλ²
 
+    Use it where `L1` shrinks large entries too much.  Its operator is the firm
+    threshold.
+
     For γ > η, prox(x) is 0 up to |x| = ηλ, sign(x)·(|x| - ηλ)/(1 - η/γ) up to γλ, and x
-    above.  Else it is 0 up to λ√(ηγ), and x above.
+    above.  For γ ≤ η it is 0 up to λ√(ηγ), and x above.
 
     Args:
-        strength: λ ≥ 0, a number or a traced value; a schedule inside `proximal`.
-        gamma: γ > 0, likewise: how far beyond λ the penalty still grows.
+        strength: λ ≥ 0, a number or a traced value; in `proximal`, also a schedule.
+        gamma: γ > 0, a number, traced value or schedule: the penalty grows up to γλ.
 
     Example:
-        >>> MCP(1.0, gamma=2.0).prox(jnp.array([0.5, -1.5, 3.0]), step_size=1.0)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> penalty = clipjax.prox.MCP(1.0, gamma=2.0)
+        >>> penalty.prox(jnp.array([0.5, -1.5, 3.0]), step_size=1.0)
         Array([ 0., -1.,  3.], dtype=float32)
 
     Reference:
@@ -85,20 +93,26 @@ class MCP:
 
 @dataclasses.dataclass(frozen=True)
 class SCAD:
-    """The smoothly clipped absolute deviation.
+    """The smoothly clipped absolute deviation: as `L1` up to λ, constant beyond aλ.
 
-    Its slope is λ up to λ, falls to 0 at aλ, and stays there.
+    Its derivative is λ for |x| ≤ λ, falls linearly to 0 at aλ, and stays 0.
+
+    Use it where `L1` shrinks large entries too much.
 
     For η < a - 1, prox(x) is the soft threshold for |x| ≤ (1 + η)λ,
-    ((a - 1)·x - sign(x)·ηaλ) / (a - 1 - η) up to aλ, and x above.  Else it is the soft
-    threshold up to λ(a + 1 + η)/2, or λ√(η(a + 1)) if η > a + 1, and x above.
+    ((a - 1)·x - sign(x)·ηaλ) / (a - 1 - η) up to aλ, and x above.  For η ≥ a - 1 it is
+    the soft threshold up to λ(a + 1 + η)/2, or up to λ√(η(a + 1)) if η > a + 1, and x
+    above.
 
     Args:
-        strength: λ ≥ 0, a number or a traced value; a schedule inside `proximal`.
-        a: a ≥ 2, likewise; 3.7 as in the paper.
+        strength: λ ≥ 0, a number or a traced value; in `proximal`, also a schedule.
+        a: a ≥ 2, a number, traced value or schedule; the paper's 3.7.
 
     Example:
-        >>> SCAD(1.0, a=3.0).prox(jnp.array([0.5, -1.5, 2.5, 4.0]), step_size=1.0)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> penalty = clipjax.prox.SCAD(1.0, a=3.0)
+        >>> penalty.prox(jnp.array([0.5, -1.5, 2.5, 4.0]), step_size=1.0)
         Array([ 0. , -0.5,  2. ,  4. ], dtype=float32)
 
     Reference:

@@ -1,4 +1,6 @@
-"""Penalties on single entries, without a second minimum."""
+"""Convex penalties on single entries."""
+
+from __future__ import annotations
 
 import dataclasses
 
@@ -12,17 +14,21 @@ from ._entries import like, resized, total
 
 @dataclasses.dataclass(frozen=True)
 class L1:
-    """The sum of magnitudes, which the soft threshold answers.
+    """The sum of magnitudes; its operator is the soft threshold.
 
     λ·Σᵢ |xᵢ|; prox(x) = sign(x)·max(|x| - ηλ, 0)
 
+    Use it first: it has one number to tune and one minimum.
+
     Args:
-        strength: λ ≥ 0, a number or a traced value; a schedule inside `proximal`.
+        strength: λ ≥ 0, a number or a traced value; in `proximal`, also a schedule.
 
     Example:
-        >>> L1(0.5).prox(jnp.array([3.0, -0.25, -1.0]), step_size=1.0)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.prox.L1(0.5).prox(jnp.array([3.0, -0.25, -1.0]), step_size=1.0)
         Array([ 2.5,  0. , -0.5], dtype=float32)
-        >>> L1(0.5).penalty(jnp.array([3.0, -1.0]))
+        >>> clipjax.prox.L1(0.5).penalty(jnp.array([3.0, -1.0]))
         Array(2., dtype=float32)
 
     Reference:
@@ -61,16 +67,22 @@ class L1:
 
 @dataclasses.dataclass(frozen=True)
 class ElasticNet:
-    """The sum of magnitudes and, to share weight among what is alike, of squares.
+    """The sum of magnitudes and of squares.
 
     λ·Σᵢ |xᵢ| + ½μ·Σᵢ |xᵢ|²; prox(x) = sign(x)·max(|x| - ηλ, 0) / (1 + ημ)
 
+    Use it where inputs are correlated: the squares share weight among them, where `L1`
+    alone keeps one and drops the others.
+
     Args:
-        strength: λ ≥ 0, a number or a traced value; a schedule inside `proximal`.
-        ridge: μ ≥ 0, likewise.
+        strength: λ ≥ 0, a number or a traced value; in `proximal`, also a schedule.
+        ridge: μ ≥ 0, a number or a traced value; in `proximal`, also a schedule.
 
     Example:
-        >>> ElasticNet(0.5, ridge=1.0).prox(jnp.array([3.0, -0.25]), step_size=1.0)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> penalty = clipjax.prox.ElasticNet(0.5, ridge=1.0)
+        >>> penalty.prox(jnp.array([3.0, -0.25]), step_size=1.0)
         Array([1.25, 0.  ], dtype=float32)
 
     Reference:
@@ -99,7 +111,7 @@ class ElasticNet:
         def shrink(a):
             eta = like(step_size, a)
             left = jnp.maximum(a - eta * like(self.strength, a), 0)
-            return left / (1 + eta * like(self.ridge, a))  # one at least
+            return left / (1 + eta * like(self.ridge, a))  # divides by 1 or more
 
         return resized(x, shrink)
 

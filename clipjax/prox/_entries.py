@@ -1,4 +1,6 @@
-"""What all penalties are made of: magnitudes of entries, changed one by one."""
+"""What all penalties share: functions of the magnitudes of entries."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
@@ -12,7 +14,7 @@ from .._core.types import Axes, AxisName, Number, Schedule
 
 @runtime_checkable
 class Penalty(Protocol):
-    """What a penalty has to offer."""
+    """The methods of a penalty."""
 
     def prox(
         self,
@@ -27,9 +29,10 @@ class Penalty(Protocol):
         Args:
             x: one leaf, real or complex.
             step_size: η ≥ 0.
-            axis: the axes that a group spans, `None` for all; read by groups only.
+            axis: the axes that a group spans, `None` for all; only penalties on groups
+                read it.
             axis_name: inside `jax.shard_map`, the mesh axes over which groups are
-                split; read by groups only.
+                split; only penalties on groups read it.
         """
         ...
 
@@ -41,7 +44,7 @@ class Penalty(Protocol):
 
 
 def resized(x: Array, function: Callable[[Array], Array]) -> Array:
-    """Applies a function to the magnitudes; signs, phases and the dtype stay."""
+    """Applies a function to the magnitudes; keeps signs, phases and the dtype."""
     wide = trees.wide(x)
     old = jnp.abs(wide)
     new = function(old)

@@ -1,9 +1,10 @@
 """Penalties on groups, which become zero as a whole.
 
-A group is what lies along some axes of a leaf, as a unit is for `norms.unit_norm`:
-`axis=0` of a Dense kernel for the inputs of a neuron, `axis=1` for all that an input
-feature feeds.
+A group spans some axes of a leaf, as in `norms.unit_norm`.  In a Dense kernel, `axis=0`
+groups the weights into one neuron, `axis=1` those out of one input feature.
 """
+
+from __future__ import annotations
 
 import dataclasses
 
@@ -18,18 +19,23 @@ from ._entries import like, resized, total
 
 @dataclasses.dataclass(frozen=True)
 class GroupLasso:
-    """The sum of the norms of groups: one is zero as a whole, or shrinks as a whole.
+    """The sum of the norms of groups: a group becomes zero, or shrinks, as a whole.
 
     λ·Σ_g √n·‖x_g‖₂ for groups of n entries; prox(x_g) = x_g·max(1 - ηλ√n/‖x_g‖₂, 0)
+
+    Use it to remove whole neurons, filters or input features.
 
     A group with a NaN or an infinity, or whose norm overflows, stays as it is.
 
     Args:
-        strength: λ ≥ 0, a number or a traced value; a schedule inside `proximal`.
+        strength: λ ≥ 0, a number or a traced value; in `proximal`, also a schedule.
 
     Example:
+        >>> import jax.numpy as jnp
+        >>> import clipjax
         >>> x = jnp.array([[3.0, 4.0, 0.0, 0.0], [0.5, 0.5, 0.5, 0.5]])
-        >>> GroupLasso(0.5).prox(x, step_size=1.0, axis=1)  # √4 · 0.5 off the norms
+        >>> penalty = clipjax.prox.GroupLasso(0.5)
+        >>> penalty.prox(x, step_size=1.0, axis=1)  # takes √4 · 0.5 off the norms
         Array([[2.4, 3.2, 0. , 0. ],
                [0. , 0. , 0. , 0. ]], dtype=float32)
 
@@ -62,25 +68,31 @@ class GroupLasso:
     ) -> Float[Array, ""]:
         """Returns the penalty, in float32 or wider."""
         norm = norms.unit_norm(x, axis)
-        return total(norm, lambda n: n * _root_size(x, n, None), self.strength)
+        return total(norm, lambda n: n * _root_of_entries(x, n, None), self.strength)
 
 
 @dataclasses.dataclass(frozen=True)
 class SparseGroupLasso:
-    """The norms of groups and the magnitudes of entries: few groups, and sparse ones.
+    """The norms of groups and the magnitudes of entries: few groups, sparse inside.
 
-    λ·((1 - α)·Σ_g √n·‖x_g‖₂ + α·Σᵢ |xᵢ|); its prox is that of the entries, then that of
-    the groups.
+    λ·((1 - α)·Σ_g √n·‖x_g‖₂ + α·Σᵢ |xᵢ|); prox is that of the entries, then that of the
+    groups
 
-    A group with a NaN or an infinity is shrunk entry by entry only.
+    Use it to remove whole groups and to have zeros in those that stay.
+
+    In a group with a NaN or an infinity only the step on entries is taken.
 
     Args:
-        strength: λ ≥ 0, a number or a traced value; a schedule inside `proximal`.
-        entry_share: α in [0, 1], likewise: 0 for `GroupLasso`, 1 for `L1`.
+        strength: λ ≥ 0, a number or a traced value; in `proximal`, also a schedule.
+        entry_share: α in [0, 1], a number, traced value or schedule; 0 is `GroupLasso`,
+            1 is `L1`.
 
     Example:
+        >>> import jax.numpy as jnp
+        >>> import clipjax
         >>> x = jnp.array([[5.0, 1.0, 0.5, -1.0], [1.5, 1.5, 1.5, 1.5]])
-        >>> SparseGroupLasso(2.0, entry_share=0.5).prox(x, step_size=1.0, axis=1)
+        >>> penalty = clipjax.prox.SparseGroupLasso(2.0, entry_share=0.5)
+        >>> penalty.prox(x, step_size=1.0, axis=1)
         Array([[2., 0., 0., 0.],
                [0., 0., 0., 0.]], dtype=float32)
 
@@ -130,18 +142,18 @@ class SparseGroupLasso:
 def _shrink(x: Array, factors: tuple, axis: Axes | None, axis_name: AxisName) -> Array:
     """Takes the product of the factors, times √n, off the norm of every group."""
     norm = norms.unit_norm(x, axis, axis_name=axis_name)
-    bound = _root_size(x, norm, axis_name)
+    bound = _root_of_entries(x, norm, axis_name)
     for factor in factors:
         bound *= like(factor, norm)
     larger = norm > bound
     factor = 1 - bound / jnp.where(larger, norm, 1)  # the norm is positive there
-    # With no bound all stays, also what is too small for its square to be a float.
+    # A bound of 0 changes nothing, not even a group whose norm underflows to 0.
     factor = jnp.where(larger, factor, jnp.where(bound > 0, 0, 1))
     result = x * jnp.where(jnp.isfinite(norm), factor, 1).astype(x.dtype)
     return jnp.where(result == 0, jnp.zeros_like(x), result)  # no -0.0
 
 
-def _root_size(x: Array, norm: Array, axis_name: AxisName) -> Array:
+def _root_of_entries(x: Array, norm: Array, axis_name: AxisName) -> Array:
     """Returns the root of the number of entries in a group."""
-    entries = x.size // max(norm.size, 1) * sharding.blocks(x, axis_name)
-    return jnp.sqrt(like(entries, norm))
+    num_entries = x.size // max(norm.size, 1) * sharding.blocks(x, axis_name)
+    return jnp.sqrt(like(num_entries, norm))

@@ -1,5 +1,7 @@
 """The number of entries that are not zero."""
 
+from __future__ import annotations
+
 import dataclasses
 
 import jax.numpy as jnp
@@ -12,17 +14,21 @@ from ._entries import like, resized, total
 
 @dataclasses.dataclass(frozen=True)
 class L0:
-    """The number of non-zeros, which the hard threshold answers.
+    """The number of entries that are not zero; its operator is the hard threshold.
 
     λ·‖x‖₀; prox(x) = x where |x| > √(2ηλ), else 0
 
-    What stays is not shrunk.  At the threshold itself, where both are minimal, zero.
+    Use it where entries that stay must not shrink at all.
+
+    At the threshold itself, where both values are minimal, the result is zero.
 
     Args:
-        strength: λ ≥ 0, a number or a traced value; a schedule inside `proximal`.
+        strength: λ ≥ 0, a number or a traced value; in `proximal`, also a schedule.
 
     Example:
-        >>> L0(0.5).prox(jnp.array([1.5, -0.5, 1.0]), step_size=1.0)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.prox.L0(0.5).prox(jnp.array([1.5, -0.5, 1.0]), step_size=1.0)
         Array([1.5, 0. , 0. ], dtype=float32)
 
     Reference:
@@ -49,7 +55,7 @@ class L0:
 
         def cut(a):
             bound = jnp.sqrt(2 * like(step_size, a) * like(self.strength, a))
-            return jnp.where(a <= bound, 0, a)  # so put, NaN stays
+            return jnp.where(a <= bound, 0, a)  # not `a > bound`: NaN stays
 
         return resized(x, cut)
 

@@ -1,11 +1,22 @@
 """How much each entry matters: a score is any function of a parameter and its update.
 
-The entries with the highest scores are kept.  A score may be negative, and NaN ranks
-lowest.  Sparsity comes from comparing scores, never from their size.
+The entries with the highest scores are kept; only their order counts.  A score may be
+negative, and NaN ranks lowest.
 
-A score with a memory is a frozen value with the methods of `Tracked`.  Scores of a loss
-and a batch, or of what went into a layer, are computed once, outside of the step: trees
-in, trees out, for `clipjax.prune`.
+| you want to ...                                    | use                           |
+| -------------------------------------------------- | ----------------------------- |
+| keep large entries (the default)                   | `magnitude`                   |
+| also see what a step does to them                  | `saliency`                    |
+| keep what moves away from zero, in fine-tuning     | `Movement()`                  |
+| keep what the loss depends on most, over many      | `Fisher()`                    |
+| steps                                              |                               |
+| compare with chance                                | `Random(key)`, `random`       |
+| prune once before training, from a loss and a      | `snip`, `grasp`               |
+| batch                                              |                               |
+| prune a trained network once, from its activations | `wanda`, `sparse_gpt`         |
+
+A score that remembers has the methods of `Tracked`.  The functions of the last two rows
+return a tree of scores for `clipjax.prune`.
 """
 
 from ..selection._keys import Magnitude

@@ -1,7 +1,9 @@
-"""Scores of kernels and of what went into their layers: one pass, no training.
+"""Scores of kernels from the inputs of their layers: one pass over data, no training.
 
-A kernel has its outputs on the last axis, as in Flax; all the axes before are inputs.
+A kernel has its outputs on the last axis, as in Flax; all axes before it are inputs.
 """
+
+from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
@@ -12,26 +14,29 @@ from .._core.types import Number
 
 
 def wanda(params: PyTree, input_norms: PyTree) -> PyTree:
-    """Scores an entry by its size times that of the input it is multiplied with.
+    """Scores an entry by its magnitude times the norm of the input that it weighs.
 
     sᵢⱼ = |Wᵢⱼ|·‖xᵢ‖₂
 
-    For `clipjax.prune` with `patterns.FanIn()`, which compares the inputs of one output
-    with each other, as the paper does, or with `patterns.NofM(2, 4, axis=-2)`.
+    Use it to prune a trained network once: `clipjax.prune` with `patterns.FanIn()`
+    compares the inputs of one output with each other, as the paper does;
+    `patterns.NofM(2, 4, axis=-2)` gives two of four.
 
     Args:
         params: the parameters; a kernel W has its outputs on the last axis.
-        input_norms: by the same paths, for every kernel that is to be pruned, the norms
-            of its inputs over all examples: as long as the axis before the last, or of
-            the shape of all axes but the last.
+        input_norms: a tree with the paths of the kernels to prune.  Each leaf holds the
+            norms of the kernel's inputs over all examples, in the shape of all its axes
+            but the last, or of the one before the last.
 
     Returns:
-        A tree like `params`, with `None` where there are no norms: `clipjax.prune`
-        leaves such a leaf dense.
+        A tree like `params`, with `None` where `input_norms` has no leaf:
+        `clipjax.prune` leaves these dense.
 
     Example:
+        >>> import jax.numpy as jnp
+        >>> import clipjax
         >>> params = {"kernel": jnp.array([[1.0, -2.0], [3.0, 0.5]])}
-        >>> wanda(params, {"kernel": jnp.array([10.0, 1.0])})["kernel"]
+        >>> clipjax.scores.wanda(params, {"kernel": jnp.array([10.0, 1.0])})["kernel"]
         Array([[10. , 20. ],
                [ 3. ,  0.5]], dtype=float32)
 
@@ -53,40 +58,43 @@ def wanda(params: PyTree, input_norms: PyTree) -> PyTree:
                 f" {norm.shape} for a kernel of shape {kernel.shape}. Pass norms of"
                 f" shape {kernel.shape[-2:-1]} or {kernel.shape[:-1]}."
             )
-        size = jnp.abs(trees.wide(kernel))
-        norm = norm.astype(size.dtype)
-        return size * norm.reshape(
-            (1,) * (kernel.ndim - 1 - norm.ndim) + (*norm.shape, 1)
-        )
+        magnitude = jnp.abs(trees.wide(kernel))
+        shape = (1,) * (kernel.ndim - 1 - norm.ndim) + (*norm.shape, 1)
+        return magnitude * norm.reshape(shape).astype(magnitude.dtype)
 
     return _scored(params, norms.keys(), score)
 
 
 def sparse_gpt(params: PyTree, grams: PyTree, damping: Number = 0.01) -> PyTree:
-    """Scores an entry by the error that is left once the others make up for it.
+    """Scores an entry by the error of its layer after the other entries make up for it.
 
     sᵢⱼ = Wᵢⱼ² / [H⁻¹]ᵢᵢ, H = XᵀX + λI, λ = damping · mean(diag XᵀX)
 
-    The score of the optimal brain surgeon for the squared error of a layer's output.
-    It says which entries go; that the others make up for them is not done here.  An
-    input that was always zero makes no difference, and its entries rank lowest.  For
-    `clipjax.prune` with `patterns.FanIn()`, or `patterns.NofM(2, 4, axis=-2)`.
+    Use it to prune a trained network once: `clipjax.prune` with `patterns.FanIn()`, or
+    with `patterns.NofM(2, 4, axis=-2)` for two of four.
+
+    This is the optimal brain surgeon's score for the squared error of a layer's output.
+    It only says which entries go; it does not change the ones that stay.  The entries
+    of an input that was always zero rank lowest.
 
     Args:
         params: the parameters; a kernel W has its outputs on the last axis.
-        grams: by the same paths, for every kernel that is to be pruned, XᵀX of its
-            inputs, [inputs, inputs]; of a convolution, all axes but the last count as
-            inputs, in their order.
-        damping: ≥ 0; the paper's 0.01.  With 0, a Gram matrix that cannot be inverted
-            gives scores of NaN.
+        grams: a tree with the paths of the kernels to prune.  Each leaf is the matrix
+            XᵀX of the kernel's inputs, [inputs, inputs]; all axes of a kernel but the
+            last count as inputs, in their order.
+        damping: ≥ 0; the paper's 0.01.  With 0, a matrix that cannot be inverted gives
+            scores of NaN.
 
     Returns:
-        A tree like `params`, with `None` where there is no Gram matrix: `clipjax.prune`
-        leaves such a leaf dense.
+        A tree like `params`, with `None` where `grams` has no leaf: `clipjax.prune`
+        leaves these dense.
 
     Example:
+        >>> import jax.numpy as jnp
+        >>> import clipjax
         >>> kernel, gram = jnp.array([[2.0], [3.0]]), jnp.diag(jnp.array([4.0, 1.0]))
-        >>> sparse_gpt({"kernel": kernel}, {"kernel": gram}, damping=0.0)["kernel"]
+        >>> params, grams = {"kernel": kernel}, {"kernel": gram}
+        >>> clipjax.scores.sparse_gpt(params, grams, damping=0.0)["kernel"]
         Array([[16.],
                [ 9.]], dtype=float32)
 
@@ -106,15 +114,15 @@ def sparse_gpt(params: PyTree, grams: PyTree, damping: Number = 0.01) -> PyTree:
                 f" a kernel of shape {kernel.shape}, but has shape {gram.shape}."
             )
         gain = 1 / _inverse_diagonal(gram, damping)
-        size = jnp.abs(trees.wide(kernel))
-        gain = gain.reshape(*kernel.shape[:-1], 1).astype(size.dtype)
-        return jnp.square(size) * gain
+        magnitude = jnp.abs(trees.wide(kernel))
+        gain = gain.reshape(*kernel.shape[:-1], 1).astype(magnitude.dtype)
+        return jnp.square(magnitude) * gain
 
     return _scored(params, squares.keys(), score)
 
 
 def _inverse_diagonal(gram: Float[Array, "n n"], damping: Number) -> Float[Array, " n"]:
-    """Returns the diagonal of the inverse; infinity for an input that was never on."""
+    """Returns the diagonal of the inverse; infinity for an input that was always 0."""
     diagonal = jnp.diagonal(gram)
     dead = diagonal <= 0
     mean = jnp.mean(diagonal)

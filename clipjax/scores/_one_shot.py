@@ -1,5 +1,7 @@
 """Scores of a whole network, computed once: from a loss and a batch, or at random."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 
@@ -16,22 +18,26 @@ Loss = Callable[..., Array]
 
 
 def snip(loss: Loss, params: PyTree, batch: Any) -> PyTree:
-    """Scores every entry by how much the loss changes where it becomes zero.
+    """Scores an entry by how much the loss changes, to first order, if it becomes zero.
 
     s = |θ·g| / Σ |θ·g|, g = ∇L(θ; batch)
 
-    For `clipjax.prune`, at the start of training and with `allocations.global_`.
-    Leaves that are not floating are returned as they are.  Where a gradient is not
-    finite, so is its score, and the sum leaves it out.
+    Use it to prune once before training: `clipjax.prune` with `allocations.global_`.
+
+    Leaves that are not floating are returned as they are.  An entry whose gradient is
+    not finite has a score that is not finite; the sum leaves it out.
 
     Args:
-        loss: of parameters and a batch, a scalar.
+        loss: a function of the parameters and the batch that returns a scalar.
         params: the parameters θ.
-        batch: one batch; the paper's is of 100 to 128 examples.
+        batch: one batch; the paper's has 100 to 128 examples.
 
     Example:
+        >>> import jax.numpy as jnp
+        >>> import clipjax
         >>> loss = lambda params, batch: jnp.sum(params["w"] * batch)
-        >>> snip(loss, {"w": jnp.array([1.0, -3.0])}, jnp.array([2.0, 2.0]))["w"]
+        >>> params, batch = {"w": jnp.array([1.0, -3.0])}, jnp.array([2.0, 2.0])
+        >>> clipjax.scores.snip(loss, params, batch)["w"]
         Array([0.25, 0.75], dtype=float32)
 
     Reference:
@@ -40,8 +46,8 @@ def snip(loss: Loss, params: PyTree, batch: Any) -> PyTree:
         https://arxiv.org/abs/1810.02340
     """
     leaves = trees.floats(params)
-    slopes = jax.grad(_of_leaves(loss, params, batch))(leaves)
-    result = {path: jnp.abs(product(x, slopes[path])) for path, x in leaves.items()}
+    grads = jax.grad(_of_leaves(loss, params, batch))(leaves)
+    result = {path: jnp.abs(product(x, grads[path])) for path, x in leaves.items()}
     finite = [jnp.where(jnp.isfinite(x), x, 0) for x in result.values()]
     total = sum((jnp.sum(x).astype(jnp.float32) for x in finite), jnp.float32(0))
     # All zero, or beyond float32: the scores are compared as they are.
@@ -54,25 +60,29 @@ def snip(loss: Loss, params: PyTree, batch: Any) -> PyTree:
 def grasp(
     loss: Loss, params: PyTree, batch: Any, temperature: Number = 200.0
 ) -> PyTree:
-    """Scores every entry by how much the gradient shrinks where it becomes zero.
+    """Scores an entry by how much the norm of the gradient falls if it becomes zero.
 
     s = θ·(H·g), g = ∇L(θ; batch), H = ∇²L(θ; batch)
 
-    The paper removes the highest -θ·(H·g); the scores are signed.  One product with the
-    Hessian, by forward over reverse: no Hessian is formed.  For `clipjax.prune`, at the
-    start of training and with `allocations.global_`.  Leaves that are not floating are
-    returned as they are.
+    Use it to prune once before training: `clipjax.prune` with `allocations.global_`.
+
+    Scores are signed; the paper's are -s, of which it removes the highest.  H·g costs
+    about three gradients: the Hessian itself is never formed.  Leaves that are not
+    floating are returned as they are.
 
     Args:
-        loss: of parameters, a batch and the temperature T, a scalar: it divides the
-            logits by T.
+        loss: a function of the parameters, the batch and the temperature T that divides
+            its logits by T and returns a scalar.
         params: the parameters θ.
-        batch: one batch; the paper's is of ten to 25 examples a class.
-        temperature: T > 0, the paper's 200: it keeps the softmax away from certainty.
+        batch: one batch; the paper's has 10 to 25 examples a class.
+        temperature: T > 0, the paper's 200, which keeps a softmax from saturating.
 
     Example:
+        >>> import jax.numpy as jnp
+        >>> import clipjax
         >>> loss = lambda params, batch, temperature: jnp.sum(params["w"] ** 3) / 3
-        >>> grasp(loss, {"w": jnp.array([1.0, -2.0])}, None)["w"]  # θ·2θ·θ²
+        >>> params = {"w": jnp.array([1.0, -2.0])}
+        >>> clipjax.scores.grasp(loss, params, None)["w"]  # θ·2θ·θ²
         Array([ 2., 32.], dtype=float32)
 
     Reference:
@@ -80,27 +90,32 @@ def grasp(
         Training by Preserving Gradient Flow, 2020, https://arxiv.org/abs/2002.07376
     """
     leaves = trees.floats(params)
-    slope = jax.grad(_of_leaves(loss, params, batch, temperature))
-    _, curved = jax.jvp(slope, (leaves,), (slope(leaves),))
+    grad = jax.grad(_of_leaves(loss, params, batch, temperature))
+    _, curved = jax.jvp(grad, (leaves,), (grad(leaves),))
     result = {path: jnp.real(product(x, curved[path])) for path, x in leaves.items()}
     return trees.map_by_path(lambda _, score: score, params, result)
 
 
 def random(key: Any, params: PyTree) -> PyTree:
-    """Scores every entry at random, and what is zero below all the rest.
+    """Scores every entry at random, entries that are zero below all others.
 
     s ~ U(0, 1] where θ ≠ 0, s ~ U(-1, 0] where θ = 0
 
-    The number of an entry depends on the path of its leaf and its place in it, not on
+    Use it for a random mask: `clipjax.prune`, as a baseline for other scores.
+
+    A score depends on the key, the path of the leaf and the place in the leaf, not on
     the rest of the tree.  Leaves that are not floating are returned as they are.
 
     Args:
-        key: as `jax.random.key` makes it.
+        key: a key from `jax.random.key`.
         params: the parameters θ.
 
     Example:
-        >>> scores = random(jax.random.key(0), {"w": jnp.array([1.0, 0.0])})
-        >>> scores["w"] > 0
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> params = {"w": jnp.array([1.0, 0.0])}
+        >>> clipjax.scores.random(jax.random.key(0), params)["w"] > 0
         Array([ True, False], dtype=bool)
     """
     leaves = trees.floats(params)

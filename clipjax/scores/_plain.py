@@ -1,5 +1,7 @@
 """Scores without a memory."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 
 import jax
@@ -19,14 +21,17 @@ def magnitude(
 
     s = |θ|
 
-    Reads no update, and is not written to memory while it is compared.
+    The default, and the cheapest: nothing is remembered, and the scores are never
+    written to memory.
 
     Args:
-        param: the parameter.
-        update: not used.
+        param: the parameter θ.
+        update: ignored.
 
     Example:
-        >>> magnitude(jnp.array([0.5, -2.0]))
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.scores.magnitude(jnp.array([0.5, -2.0]))
         Array([0.5, 2. ], dtype=float32)
 
     Reference:
@@ -41,22 +46,26 @@ def magnitude(
 def saliency(
     param: Num[Array, "..."], update: Num[Array, "..."] | None = None
 ) -> Float[Array, "..."]:
-    """Scores an entry by how much its update has to do with its distance from zero.
+    """Scores an entry by its distance from zero times its update.
 
     s = |θ·u|
 
-    With a gradient as u it is, to first order, by how much the loss changes where the
-    entry becomes zero.  In `clipjax.sparsify`, last in a chain, u is what is about to
-    be added: after plain SGD, which gives all entries the gradient times one number,
-    the order is the same.  An entry that is zero scores zero.  Computed in float32 or
-    wider; NaN where θ or u is, or where an infinity meets a zero.
+    Use it where u is a gradient: then s is, to first order, how much the loss changes
+    if the entry becomes zero.  `clipjax.sparse` and `clipjax.latent` pass gradients;
+    `clipjax.sparsify` passes the update that the optimizer made, which after plain SGD
+    gives the same order.
+
+    Computed in float32 or wider.  NaN where θ or u is NaN, or where one is infinite and
+    the other zero.
 
     Args:
         param: the parameter θ.
         update: the gradient or the update u.
 
     Example:
-        >>> saliency(jnp.array([0.5, -2.0]), jnp.array([8.0, 1.0]))
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.scores.saliency(jnp.array([0.5, -2.0]), jnp.array([8.0, 1.0]))
         Array([4., 2.], dtype=float32)
 
     Reference:
@@ -73,11 +82,6 @@ def saliency(
 
 
 def product(param: Num[Array, "..."], update: Num[Array, "..."]) -> Array:
-    """Multiplies in float32 or wider; the conjugate of a complex parameter.
-
-    Example:
-        >>> product(jnp.float16(300), jnp.float16(300))
-        Array(90000., dtype=float32)
-    """
+    """Multiplies in float32 or wider; takes the conjugate of a complex parameter."""
     with jax.numpy_dtype_promotion("standard"):  # of a float64 with a float32
         return jnp.conj(trees.wide(param)) * trees.wide(update)

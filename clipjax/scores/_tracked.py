@@ -1,8 +1,10 @@
-"""Scores that remember: of many updates, or which random number comes next.
+"""Scores that remember: sums and averages over many updates, or a random key.
 
-A memory is made by an operation on its parameter, so that it lies on a mesh as that
-does, and never takes in what is not finite.
+A memory is made by an operation on its parameter, so that it has the parameter's
+sharding.  It never takes in a number that is not finite.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import zlib
@@ -19,18 +21,18 @@ from ._plain import product
 
 @runtime_checkable
 class Tracked(Protocol):
-    """What a score with a memory has to offer; a transform keeps one array a leaf."""
+    """The methods of a score that remembers one array for each leaf."""
 
     def init(self, path: str, param: Array) -> Array:
         """Returns the memory before the first step, an array of any shape."""
         ...
 
     def track(self, memory: Array, param: Array, update: Array) -> Array:
-        """Returns the memory after a step; called in all that are finite."""
+        """Returns the memory after a step whose update is finite."""
         ...
 
     def score(self, memory: Array, param: Array, update: Array) -> Array:
-        """Returns the score of every entry; called where a mask is made."""
+        """Returns the score of every entry; called when a mask is made."""
         ...
 
 
@@ -38,17 +40,21 @@ class Tracked(Protocol):
 class Movement:
     """Scores an entry by how far it has moved away from zero.
 
-    s = Σₜ θₜ·uₜ, or Σₜ -θₜ·gₜ of gradients
+    s = Σₜ θₜ·uₜ, or -Σₜ θₜ·gₜ with gradients g
 
-    Memory: a float32 an entry.  An entry that has been set to zero keeps its score, and
-    one that ends up at zero by its own movement has a negative one.
+    Use it to fine-tune a pretrained network, whose magnitudes say more about the old
+    task than about the new one.
+
+    An entry that has been set to zero keeps its score.  Memory: a float32 an entry.
 
     Args:
-        gradients: whether what it is given are gradients, which point up, as a wrapper
-            sees them.  `clipjax.sparsify` sees what is about to be added.
+        gradients: whether updates are gradients, which point uphill: `True` in
+            `clipjax.sparse` and `clipjax.latent`, `False` in `clipjax.sparsify`.
 
     Example:
-        >>> movement, param = Movement(), jnp.array([2.0, -1.0])
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> movement, param = clipjax.scores.Movement(), jnp.array([2.0, -1.0])
         >>> memory = movement.init("kernel", param)
         >>> memory = movement.track(memory, param, jnp.array([0.5, 0.5]))
         >>> movement.score(memory, param, param)
@@ -83,22 +89,24 @@ class Movement:
 
 @dataclasses.dataclass(frozen=True)
 class Fisher:
-    """Scores an entry by what its loss would cost, by the diagonal of the Fisher.
+    """Scores an entry by what its removal costs, by the diagonal of the Fisher matrix.
 
     s = ½·θ²·F, Fₜ = d·Fₜ₋₁ + (1-d)·uₜ²
 
-    The average is this score's own, and starts at zero: as long as all entries start
-    together, their order needs no correction for that.  Memory: a float32 an entry.
+    Use it where gradients are at hand, in `clipjax.sparse` or `clipjax.latent`:
+    `clipjax.sparsify` passes updates, which the optimizer has already rescaled.
 
-    It is the empirical Fisher if u is the gradient of one example, and an estimate from
-    batches if of their mean, as in `clipjax.sparse` and `clipjax.latent`;
-    `clipjax.sparsify` sees what the optimizer made of it.
+    F is the empirical Fisher if u is the gradient of one example, and an estimate of it
+    if u is the mean over a batch.  It starts at zero for all entries together, so that
+    their order needs no correction.  Memory: a float32 an entry.
 
     Args:
-        decay: d in [0, 1).
+        decay: d in [0, 1); 0.999 averages over about a thousand steps.
 
     Example:
-        >>> fisher, param = Fisher(decay=0.5), jnp.array([2.0, -1.0])
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> fisher, param = clipjax.scores.Fisher(decay=0.5), jnp.array([2.0, -1.0])
         >>> memory = fisher.init("kernel", param)
         >>> memory = fisher.track(memory, param, jnp.array([1.0, 4.0]))
         >>> fisher.score(memory, param, param)
@@ -135,25 +143,31 @@ class Fisher:
     ) -> Float[Array, "..."]:
         """Returns half the squared parameter times the average."""
         del update
-        size = jnp.abs(trees.wide(param)).astype(memory.dtype)
-        return 0.5 * size * memory * size
+        magnitude = jnp.abs(trees.wide(param)).astype(memory.dtype)
+        return 0.5 * magnitude * memory * magnitude
 
 
 @dataclasses.dataclass(frozen=True)
 class Random:
-    """Scores at random, anew in every step, and what is zero below all the rest.
+    """Scores at random, anew in every step, entries that are zero below all others.
 
     s ~ U(0, 1] where θ ≠ 0, s ~ U(-1, 0] where θ = 0
 
-    So what is pruned stays pruned while the sparsity rises, and where it falls, what
-    returns is random too.  The same numbers on one device and on any mesh; inside
-    `jax.shard_map` every device draws its own.  Memory: one key a leaf, of its path.
+    Use it as a baseline for other scores.
+
+    Pruned entries stay pruned while the sparsity rises; when it falls, random ones
+    return.  Under `jax.jit` the numbers are the same on every mesh; inside
+    `jax.shard_map` every device draws its own.  Memory: one key a leaf.
 
     Args:
-        key: as `jax.random.key` makes it.
+        key: a key from `jax.random.key`.
 
     Example:
-        >>> random, param = Random(jax.random.key(0)), jnp.array([2.0, 0.0, -1.0])
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> random = clipjax.scores.Random(jax.random.key(0))
+        >>> param = jnp.array([2.0, 0.0, -1.0])
         >>> memory = random.init("kernel", param)
         >>> random.score(memory, param, param) > 0
         Array([ True, False,  True], dtype=bool)
@@ -187,25 +201,15 @@ class Random:
 
 
 def leaf_key(key: Any, path: str) -> Array:
-    """Returns the key of one leaf, the same wherever the leaf stands in its tree.
-
-    Example:
-        >>> key = jax.random.key(0)
-        >>> bool(leaf_key(key, "a") == leaf_key(key, "b"))
-        False
-    """
+    """Returns the key of one leaf, which depends on its path alone."""
     return jax.random.fold_in(_typed(key), zlib.crc32(path.encode()))
 
 
 def drawn(key: Array, param: Num[Array, "..."]) -> Float[Array, "..."]:
-    """Draws a number for every entry, laid out as the parameter is.
+    """Draws a number for every entry, with the sharding of the parameter.
 
-    Blocks of a split array draw their own; without `check_vma` these cannot be told
-    from replicas, and all draw the same.
-
-    Example:
-        >>> drawn(jax.random.key(0), jnp.ones(3)).shape
-        (3,)
+    Inside `jax.shard_map` each block of a split array draws its own.  Without
+    `check_vma` a block cannot be told from a replica, and all draw the same.
     """
     key = sharding.own_key(key, sharding.differing_axes(param))
     values = jax.random.uniform(key, param.shape, jnp.float32)

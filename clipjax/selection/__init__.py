@@ -1,9 +1,12 @@
 """The k-th largest of one array or of many, found by counting.
 
-No sort, scatter, gather or concatenation: a pass counts how many entries reach each of
-a few thresholds, and the next pass looks between two of them.  So the compiled program
-holds one scalar all-reduce a pass when the entries are split over devices, and a k that
-is traced compiles once.
+Use it for a threshold or a mask of exactly k entries of large or sharded arrays, where
+a sort is slow and gathers them.
+
+Each pass counts how many entries reach each of a few thresholds, and the next pass
+looks between two of them: no sort, scatter, gather or concatenation.  So a program
+holds one scalar all-reduce a pass where entries are split over devices, and a traced k
+compiles once.
 """
 
 from ._select import kth_largest, largest, select

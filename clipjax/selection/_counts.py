@@ -5,6 +5,8 @@ Without 64-bit mode JAX has no int64, and a float32 cannot tell 10⁹ entries fr
 devices can add theirs without a carry.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

@@ -4,6 +4,8 @@ A pass makes the integers anew from the floats, which is cheaper than to write t
 read them again.  XLA has to be kept from doing so once, before a loop of passes.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

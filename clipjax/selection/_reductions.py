@@ -5,6 +5,8 @@ integer operand without vector instructions.  By rows and of several operands it
 fast as the memory.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Sequence
 
@@ -37,6 +39,7 @@ def reduce(
     Example:
         >>> import jax.numpy as jnp
         >>> import numpy as np
+        >>> from clipjax.selection._reductions import reduce
         >>> x = jnp.array([[3, 1], [2, 4]])
         >>> zeros = np.int32(0), np.int32(0)
         >>> reduce((x, x * x), zeros, lambda a, b: (a[0] + b[0], a[1] + b[1]))

@@ -5,6 +5,8 @@ all of them, until it is known how many entries each array keeps.  Then every ar
 on by itself: values first, and where more entries are equal than are kept, places.
 """
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax

@@ -1,5 +1,7 @@
 """Marking the k largest, and finding the k-th."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Sequence
 
@@ -33,7 +35,11 @@ def kth_largest(
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> kth_largest([jnp.array([5.0, -7.0]), jnp.array([[1.0], [6.0]])], 2)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.selection.kth_largest(
+        ...     [jnp.array([5.0, -7.0]), jnp.array([[1.0], [6.0]])], 2
+        ... )
         Array(6., dtype=float32)
     """
     scores = [Magnitude(x) for x in jax.tree.leaves(tree)]
@@ -60,7 +66,9 @@ def largest(
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
     Example:
-        >>> largest(jnp.array([2.0, -3.0, 2.0, 2.0]), 3)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.selection.largest(jnp.array([2.0, -3.0, 2.0, 2.0]), 3)
         Array([ True,  True,  True, False], dtype=bool)
     """
     leaves, structure = jax.tree.flatten(tree)
@@ -89,8 +97,10 @@ def select(
         axis_name: inside `jax.shard_map`, the mesh axes over which arrays are split.
 
     Example:
+        >>> import jax.numpy as jnp
+        >>> import clipjax
         >>> scores = [jnp.array([3.0, 1.0]), jnp.array([2.0, -4.0])]
-        >>> select(scores, jnp.array([2]), groups=[0, 0])
+        >>> clipjax.selection.select(scores, jnp.array([2]), groups=[0, 0])
         [Array([ True, False], dtype=bool), Array([ True, False], dtype=bool)]
     """
     names = sharding.axis_names(axis_name)

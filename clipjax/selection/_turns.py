@@ -4,6 +4,8 @@ Arrays of one type are taken one after the other, those of different types side 
 so a loop inside is compiled once for all, and one array of a type is copied at a time.
 """
 
+from __future__ import annotations
+
 import functools
 import itertools
 from collections.abc import Callable, Sequence

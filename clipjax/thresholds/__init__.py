@@ -1,15 +1,28 @@
-"""Thresholds that the parameters set, or the norms of the past.
+"""Thresholds that follow the parameters, or the norms of the past.
 
-A rule with a history is a frozen value of three methods: `empty` returns its memory
-before the first norm, `threshold` the bound for a norm, and `remember` the memory after
-it.  Norms may come in arrays of any shape; each entry has a history of its own.  The
-caller sees to it that nothing non-finite is remembered, and no zero, which would pull a
-threshold to where no multiple leads back from.
+| the threshold is ...                              | use                              |
+| ------------------------------------------------- | -------------------------------- |
+| a share of the parameters' norm                   | `Relative`                       |
+| a quantile of recent norms                        | `WindowedQuantile`,              |
+|                                                   | `QuantileTracker`                |
+| a multiple of their mean or root mean square      | `MovingMean`, `MovingSquare`     |
+| their mean, this norm among them                  | `MovingPeak`, `MovingRatio`      |
+| their mean plus some standard deviations          | `MovingDeviation`,               |
+|                                                   | `WindowedDeviation`              |
+| a multiple of the least norm so far               | `RunningMinimum`                 |
+| the lowest of several rules                       | `Lowest`                         |
+| a rule that rises after many clipped steps        | `Released`                       |
 
-What is remembered of a norm is the rule's `feed`.  `raw`: one spike inflates a mean
-and hides the next.  `clipped`: a threshold may never follow a lasting rise, unless the
-rule is `Released`.  `Winsorized`, in between, is robust to both.  Numbers may be traced
-values or, in `clip_by`, schedules.
+Pass one to `clipjax.Bound`.  A rule with a history is a frozen value with three
+methods: `empty` returns its memory before the first norm, `threshold` the bound for a
+norm, and `remember` the memory after it.  Norms may be arrays of any shape; each entry
+has a history of its own.  The caller passes no norm that is zero or not finite.
+
+The `feed` of a rule says which norm it remembers.  With `raw`, the incoming one, a
+spike inflates a mean and hides the next spike.  With `clipped`, the outgoing one, a
+threshold may never follow a lasting rise, unless the rule is `Released`.  `Winsorized`,
+the incoming one up to a multiple of the threshold, stands both.  Numbers may be traced
+values or, in `clipjax.clip_by`, schedules.
 """
 
 from ._averages import Moments, MovingMean, MovingPeak, MovingRatio, MovingSquare

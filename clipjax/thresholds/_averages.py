@@ -1,5 +1,7 @@
 """Thresholds by moving averages of the norms."""
 
+from __future__ import annotations
+
 import dataclasses
 from typing import NamedTuple
 
@@ -56,7 +58,9 @@ class MovingMean(Averages):
         warmup: how many norms; static.  Without any, m starts at zero.
 
     Example:
-        >>> rule = MovingMean(2.0, warmup=2)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> rule = clipjax.thresholds.MovingMean(2.0, warmup=2)
         >>> memory = rule.empty(jnp.float32(0.0))
         >>> for norm in jnp.array([3.0, 5.0]):
         ...     memory = rule.remember(memory, norm, jnp.float32(jnp.inf), norm)
@@ -108,7 +112,9 @@ class MovingSquare:
         warmup: how many norms have no threshold; static.
 
     Example:
-        >>> rule = MovingSquare(4.0, decay=0.5, warmup=1)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> rule = clipjax.thresholds.MovingSquare(4.0, decay=0.5, warmup=1)
         >>> norm = jnp.float32(3.0)
         >>> memory = rule.remember(rule.empty(norm), norm, norm, norm)
         >>> jnp.round(rule.threshold(memory, jnp.float32(9.0)) ** 2, 3)
@@ -163,7 +169,9 @@ class MovingPeak(Averages):
         decay: d in [0, 1).
 
     Example:
-        >>> rule = MovingPeak(0.5)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> rule = clipjax.thresholds.MovingPeak(0.5)
         >>> norm = jnp.float32(2.0)
         >>> memory = rule.remember(rule.empty(norm), norm, norm, norm)
         >>> rule.threshold(memory, jnp.float32(5.0))
@@ -204,7 +212,9 @@ class MovingRatio(Averages):
         square_decay: d₂ in [0, 1).
 
     Example:
-        >>> rule = MovingRatio(0.5, 0.5)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> rule = clipjax.thresholds.MovingRatio(0.5, 0.5)
         >>> rule.threshold(rule.empty(jnp.float32(0.0)), jnp.float32(7.0))
         Array(1., dtype=float32)
     """

@@ -1,5 +1,7 @@
 """Outliers by their z-score, and where they are brought."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable
 
@@ -16,7 +18,11 @@ def at_limit(mean: Norms, deviation: Norms, score: Norms, limit: Norms) -> Norms
     """Brings an outlier to the limit: μ + z*·σ.
 
     Example:
-        >>> at_limit(*(jnp.float32(x) for x in (1.0, 0.5, 10.0, 2.0)))
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.thresholds.at_limit(
+        ...     *(jnp.float32(x) for x in (1.0, 0.5, 10.0, 2.0))
+        ... )
         Array(2., dtype=float32)
     """
     del score
@@ -27,7 +33,9 @@ def at_mean(mean: Norms, deviation: Norms, score: Norms, limit: Norms) -> Norms:
     """Brings an outlier to the mean: μ.
 
     Example:
-        >>> at_mean(*(jnp.float32(x) for x in (1.0, 0.5, 10.0, 2.0)))
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.thresholds.at_mean(*(jnp.float32(x) for x in (1.0, 0.5, 10.0, 2.0)))
         Array(1., dtype=float32)
     """
     del deviation, score, limit
@@ -38,7 +46,11 @@ def reciprocal(mean: Norms, deviation: Norms, score: Norms, limit: Norms) -> Nor
     """Brings an outlier the nearer to the mean, the farther it is: μ + z*·σ·(z*/z).
 
     Example:
-        >>> reciprocal(*(jnp.float32(x) for x in (1.0, 0.5, 10.0, 2.0)))
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.thresholds.reciprocal(
+        ...     *(jnp.float32(x) for x in (1.0, 0.5, 10.0, 2.0))
+        ... )
         Array(1.2, dtype=float32)
     """
     return mean + limit * deviation * limit / jnp.maximum(score, limit)
@@ -46,7 +58,7 @@ def reciprocal(mean: Norms, deviation: Norms, score: Norms, limit: Norms) -> Nor
 
 @dataclasses.dataclass(frozen=True)
 class MovingDeviation(Averages):
-    """A z-score: so many standard deviations above a moving mean.
+    """A z-score: some standard deviations above a moving mean.
 
     z = (n - μ)/(σ + 10⁻⁶); where z > z*, T = μ + z*·σ·(z*/z) or what `target` says;
     after each norm μ ← d·μ + (1-d)·n̂ and σ² ← d·σ² + (1-d)·(n̂ - μ)²
@@ -62,7 +74,11 @@ class MovingDeviation(Averages):
         warmup: norms before there is a threshold; static.
 
     Example:
-        >>> rule = MovingDeviation(2.0, target=at_limit, warmup=2)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> rule = clipjax.thresholds.MovingDeviation(
+        ...     2.0, target=clipjax.thresholds.at_limit, warmup=2
+        ... )
         >>> memory = rule.empty(jnp.float32(0.0))
         >>> for norm in jnp.array([3.0, 1.0]):
         ...     memory = rule.remember(memory, norm, jnp.float32(jnp.inf), norm)

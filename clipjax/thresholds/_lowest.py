@@ -1,5 +1,7 @@
 """Several thresholds, of which the lowest counts."""
 
+from __future__ import annotations
+
 import dataclasses
 
 import jax.numpy as jnp
@@ -18,8 +20,11 @@ class Lowest:
         rules: with a history each, or numbers; in `clip_by`, or schedules.
 
     Example:
-        >>> from clipjax.thresholds import WindowedQuantile
-        >>> rule = Lowest((WindowedQuantile(window=2), 3.0))
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> rule = clipjax.thresholds.Lowest(
+        ...     (clipjax.thresholds.WindowedQuantile(window=2), 3.0)
+        ... )
         >>> rule.threshold(rule.empty(jnp.float32(0.0)), jnp.float32(5.0))
         Array(3., dtype=float32)
     """

@@ -1,5 +1,7 @@
 """Thresholds by the least norm so far."""
 
+from __future__ import annotations
+
 import dataclasses
 
 import jax.numpy as jnp
@@ -27,7 +29,9 @@ class RunningMinimum:
         feed: what is remembered of a norm.
 
     Example:
-        >>> rule = RunningMinimum(2.0)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> rule = clipjax.thresholds.RunningMinimum(2.0)
         >>> memory = rule.empty(jnp.float32(0.0))
         >>> for norm in jnp.array([3.0, 1.0, 9.0]):
         ...     memory = rule.remember(memory, norm, norm, norm)

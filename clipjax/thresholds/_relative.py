@@ -1,5 +1,7 @@
 """Thresholds that the parameters set."""
 
+from __future__ import annotations
+
 import dataclasses
 
 import jax.numpy as jnp
@@ -20,7 +22,9 @@ class Relative:
         least: > 0, the least parameter norm, so that what starts at zero can move.
 
     Example:
-        >>> Relative(0.5).of(jnp.array([100.0, 0.0])) * 2
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.thresholds.Relative(0.5).of(jnp.array([100.0, 0.0])) * 2
         Array([1.e+02, 1.e-03], dtype=float32)
     """
 

@@ -1,5 +1,7 @@
 """What lets a threshold rise again after a lasting change of level."""
 
+from __future__ import annotations
+
 import dataclasses
 from typing import NamedTuple
 
@@ -41,8 +43,11 @@ class Released:
         growth: > 1, times which it does, at each further norm above it.
 
     Example:
-        >>> from clipjax.thresholds import MovingMean
-        >>> rule = Released(MovingMean(1.0, warmup=1), patience=2)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> rule = clipjax.thresholds.Released(
+        ...     clipjax.thresholds.MovingMean(1.0, warmup=1), patience=2
+        ... )
         >>> memory = rule.empty(jnp.float32(0.0))
         >>> for norm in jnp.array([1.0, 9.0, 9.0, 9.0]):
         ...     bound = rule.threshold(memory, norm)

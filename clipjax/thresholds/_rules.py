@@ -1,5 +1,7 @@
 """What a rule with a history is: a frozen value of three methods."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
@@ -14,7 +16,7 @@ Feed = Callable[[Norms, Norms, Norms], Norms]
 
 @runtime_checkable
 class History(Protocol):
-    """What a rule with a history has to offer."""
+    """The methods of a rule with a history."""
 
     def empty(self, norm: Norms) -> PyTree:
         """Returns the memory before the first norm, for norms of this shape."""

@@ -1,5 +1,7 @@
 """Thresholds that follow a quantile by small steps."""
 
+from __future__ import annotations
+
 import dataclasses
 
 import jax.numpy as jnp
@@ -22,7 +24,9 @@ class QuantileTracker(Averages):
         start: > 0, the first threshold.
 
     Example:
-        >>> rule = QuantileTracker(0.5, rate=0.2, start=4.0)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> rule = clipjax.thresholds.QuantileTracker(0.5, rate=0.2, start=4.0)
         >>> norm, bound = jnp.float32(9.0), jnp.float32(4.0)
         >>> memory = rule.remember(rule.empty(norm), norm, bound, bound)
         >>> rule.threshold(memory, norm) / 4  # exp(0.1)

@@ -3,6 +3,8 @@
 The rule of `clipjax.adaptive_clip` is here.
 """
 
+from __future__ import annotations
+
 import dataclasses
 
 import jax.numpy as jnp
@@ -17,7 +19,9 @@ def raw(norm: Norms, threshold: Norms, clipped_norm: Norms) -> Norms:
     """Remembers the norm as it came.
 
     Example:
-        >>> raw(jnp.float32(9.0), jnp.float32(2.0), jnp.float32(2.0))
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.thresholds.raw(jnp.float32(9.0), jnp.float32(2.0), jnp.float32(2.0))
         Array(9., dtype=float32)
     """
     del threshold, clipped_norm
@@ -28,7 +32,11 @@ def clipped(norm: Norms, threshold: Norms, clipped_norm: Norms) -> Norms:
     """Remembers the norm as it went.
 
     Example:
-        >>> clipped(jnp.float32(9.0), jnp.float32(2.0), jnp.float32(2.0))
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.thresholds.clipped(
+        ...     jnp.float32(9.0), jnp.float32(2.0), jnp.float32(2.0)
+        ... )
         Array(2., dtype=float32)
     """
     del norm, threshold
@@ -37,13 +45,17 @@ def clipped(norm: Norms, threshold: Norms, clipped_norm: Norms) -> Norms:
 
 @dataclasses.dataclass(frozen=True)
 class Winsorized:
-    """Remembers a norm at no more than so many thresholds.
+    """Remembers a norm at no more than a multiple of the threshold.
 
     Args:
         most: ≥ 1.
 
     Example:
-        >>> Winsorized(3.0)(jnp.float32(9.0), jnp.float32(2.0), jnp.float32(2.0))
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> clipjax.thresholds.Winsorized(3.0)(
+        ...     jnp.float32(9.0), jnp.float32(2.0), jnp.float32(2.0)
+        ... )
         Array(6., dtype=float32)
     """
 
@@ -101,7 +113,11 @@ class WindowedQuantile(_Window):
         current: whether the norm itself is among those of its own quantile; static.
 
     Example:
-        >>> rule = WindowedQuantile(quantile=0.5, factor=2.0, window=4)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> rule = clipjax.thresholds.WindowedQuantile(
+        ...     quantile=0.5, factor=2.0, window=4
+        ... )
         >>> rule.threshold(jnp.array([3.0, 1.0, 2.0, -1.0]), jnp.float32(5.0))
         Array(4., dtype=float32)
     """
@@ -149,7 +165,9 @@ class WindowedDeviation(_Window):
         warmup: from how many norms on there is a threshold, at most `window`; static.
 
     Example:
-        >>> rule = WindowedDeviation(2.0, window=4, warmup=2)
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> rule = clipjax.thresholds.WindowedDeviation(2.0, window=4, warmup=2)
         >>> rule.threshold(jnp.array([3.0, 1.0, -1.0, -1.0]), jnp.float32(5.0))
         Array(4., dtype=float32)
     """
