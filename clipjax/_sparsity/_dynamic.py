@@ -10,7 +10,7 @@ from .._core import checks as check, trees
 from .._core.types import AxisName, Number, Schedule, Where
 from ..allocations import Allocation
 from ._engine import masked
-from ._moving import AtRandom, Moving, RandomKey, annealed, gradient_growth
+from ._moving import AtRandom, Moving, RandomKey, annealed
 from ._store import Store, check_storage
 
 
@@ -156,7 +156,7 @@ def rigl(
         return jnp.asarray(stop, jnp.float32) * jnp.asarray(total_steps, jnp.float32)
 
     start = AtRandom(sparsity, key, allocation, axis_name)
-    rule = Moving(start, annealed(drop_fraction, end), gradient_growth)
+    rule = Moving(start, annealed(drop_fraction, end), by_gradient=True)
     store = Store(_until(end, every), where, storage, axis_name)
     check.at_least(1, every=every)
     return masked(inner, rule, store, name="rigl", elementwise=elementwise)

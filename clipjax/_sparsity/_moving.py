@@ -7,15 +7,14 @@ once, as in the published code; it then keeps its value.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, UInt32
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
-from .. import selection
 from .._core import checks as check, sharding, trees
 from .._core.types import AxisName, Number, Schedule
 from ..allocations import Allocation
@@ -25,50 +24,12 @@ from ..patterns._pattern import whole_shapes
 from ..selection import _counts as counts, _keys as ranking
 from ..selection._counts import Count
 from ..selection._keys import Magnitude
+from ..selection._select import apart
+from ..selection._turns import Marking, in_turns
 from ._ranked import Now
 from ._store import Leaves, Masks
 
 RandomKey = Key[Array, ""] | UInt32[Array, " 2"]
-
-Growth = Callable[[Now], Leaves]
-"""From what there is to see to how much each entry should grow."""
-
-
-def random_growth(now: Now, key: RandomKey, axis_name: AxisName) -> Leaves:
-    """Scores every entry at random, by the key, the path of its leaf and its place.
-
-    By a hash: a generator of JAX is a loop for each leaf, and is not fused.
-    """
-    names = [zlib.crc32(path.encode()) for path in now.params]
-
-    def words(name):
-        return jax.random.bits(jax.random.fold_in(key, name), (2,), jnp.uint32)
-
-    seeds = jax.vmap(words)(jnp.asarray(names, jnp.uint32))
-    axes = sharding.axis_names(axis_name)
-    return {p: _noise(x, seeds[i], axes) for i, (p, x) in enumerate(now.params.items())}
-
-
-@functools.partial(jax.jit, static_argnums=2)  # traced once for all of one shape
-def _noise(
-    x: Array, seed: UInt32[Array, " 2"], axes: tuple[str, ...]
-) -> Float[Array, "..."]:
-    """Returns numbers in [0, 1), in the shape of `x`."""
-    place = ranking.places(x, axes).astype(jnp.uint32)
-    bits = _mixed(_mixed(place ^ seed[0]) ^ seed[1])
-    return (bits >> 8).astype(jnp.float32) * 2**-24
-
-
-def _mixed(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """Mixes all bits of an integer: `lowbias32` of nullprogram.com/blog/2018/07/31."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-    return x ^ (x >> 16)
-
-
-def gradient_growth(now: Now) -> Leaves:
-    """Scores every entry by the magnitude of its raw gradient."""
-    return {p: trees.wide(jnp.abs(x)) for p, x in now.updates.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,22 +57,28 @@ class AtRandom:
     def masks(self, now: Now, old: Masks) -> Masks:
         """Keeps at random what the allocation leaves to every layer."""
         del old
-        key = jax.random.fold_in(self.key, 0)
-        scores = random_growth(now, key, self.axis_name).values()
-        groups, kept = range(len(scores)), self.kept(now)
-        new = selection.select([*scores], kept, groups, axis_name=self.axis_name)
-        return dict(zip(now.params, new, strict=True))
+        axes = sharding.axis_names(self.axis_name)
 
-    def grown(self, now: Now, growth: Growth | None) -> Leaves:
-        """Scores by growth; the first masks, and where there is none, at random."""
+        def mark(params, rows, active):
+            kept, seeds = rows
+            noise = [_noise(x, seeds[i], axes) for i, x in enumerate(params)]
+            return apart(noise, _where(active, kept), axes)
+
+        return self.marked(now, mark, list(now.params.values()), self.kept(now))
+
+    def marked(self, now: Now, mark: Marking, items: list[Any], rows: Any) -> Masks:
+        """Returns what `mark` makes of every leaf's item, row and random seed.
+
+        Of one leaf of each type at a time, unless the compiler may have split them.
+        """
         key = jax.random.fold_in(self.key, now.masks_made)
-        noise = random_growth(now, key, self.axis_name)
-        if growth is None:
-            return noise
-        starts, scores = now.masks_made == 0, growth(now)
-        return {
-            p: jnp.where(starts, noise[p].astype(x.dtype), x) for p, x in scores.items()
-        }
+        rows = (rows, _seeds(key, list(now.params)))
+        is_split = any(map(sharding.is_partitioned, now.params.values()))
+        if self.axis_name or is_split:
+            new = mark(items, rows, jnp.ones(len(items), bool))
+        else:
+            new = in_turns(mark, items, rows)
+        return dict(zip(now.params, new, strict=True))
 
     def kept(self, now: Now) -> Int[Array, " arrays"]:
         """Returns how many entries every layer keeps."""
@@ -126,7 +93,7 @@ class Moving:
 
     start: AtRandom
     fraction: Number | Schedule
-    growth: Growth | None
+    by_gradient: bool  # else at random
 
     def init(self, params: Leaves) -> Leaves:
         """Returns nothing."""
@@ -137,41 +104,81 @@ class Moving:
         return now.memory
 
     def masks(self, now: Now, old: Masks) -> Masks:
-        """Starts at random, as a move with nothing that could stay, then moves."""
+        """Starts at random, then moves."""
         kept = self.start.kept(now)
         dropped = part_of(counts.of(kept), trees.value_at(self.fraction, now.step))
-        return moved(
-            {p: mask & (now.masks_made > 0) for p, mask in old.items()},
-            now.params,
-            self.start.grown(now, self.growth),
-            stay=kept - integers(dropped),
-            kept=kept,
-            axis_name=self.start.axis_name,
-        )
+        growth = now.updates if self.by_gradient else None
+        return moved(self.start, now, old, growth, (kept - integers(dropped), kept))
 
 
 def moved(
+    start: AtRandom,
+    now: Now,
     old: Masks,
-    params: Leaves,
-    growth: Leaves,
-    *,
-    stay: Int[Array, " arrays"],
-    kept: Int[Array, " arrays"],
-    axis_name: AxisName,
+    growth: Leaves | None,
+    stay_and_kept: tuple[Int[Array, " arrays"], Int[Array, " arrays"]],
 ) -> Masks:
     """Returns masks in which so many of the old entries stay and the others are new.
 
-    Those with the largest magnitudes stay, at most; those with the highest growth are
-    new, until every array keeps what it should.
+    Those with the largest magnitudes stay, at most; those with the largest magnitudes
+    of growth are new, until every array keeps what it should.  The first masks are a
+    move with nothing that could stay, and grow at random, as all do without growth.
     """
-    groups = range(len(old))
-    # A NaN ranks lowest, below a connection of zero.
-    sizes = [Magnitude(jnp.where(m, params[p], jnp.nan)) for p, m in old.items()]
-    largest = selection.select(sizes, stay, groups, axis_name=axis_name)
-    left = zip(old, old.values(), largest, strict=True)
-    order = [Magnitude(jnp.where(m & new, jnp.inf, growth[p])) for p, m, new in left]
-    grown = selection.select(order, kept, groups, axis_name=axis_name)
-    return dict(zip(old, grown, strict=True))
+    axes, starts = sharding.axis_names(start.axis_name), now.masks_made == 0
+
+    def mark(items, rows, active):
+        (stay, kept), seeds = rows
+        olds = [old & ~starts for _, old, *_ in items]
+        # A NaN ranks lowest, below a connection of zero.
+        pairs = zip(olds, items, strict=True)
+        sizes = [Magnitude(jnp.where(old, x, jnp.nan)) for old, (x, *_) in pairs]
+        largest = apart(sizes, _where(active, stay), axes)
+        order = []
+        for i, (x, _, *source) in enumerate(items):
+            score = _noise(x, seeds[i], axes)
+            if source:
+                size = trees.wide(jnp.abs(source[0]))
+                score = jnp.where(starts, score.astype(size.dtype), size)
+            left = olds[i] & largest[i]
+            order.append(Magnitude(jnp.where(left, jnp.inf, score)))
+        return apart(order, _where(active, kept), axes)
+
+    sources = {p: () if growth is None else (growth[p],) for p in old}
+    items = [(now.params[p], mask, *sources[p]) for p, mask in old.items()]
+    return start.marked(now, mark, items, stay_and_kept)
+
+
+def _where(active: Bool[Array, " types"], kept: Int[Array, " types"]) -> Count:
+    return counts.of(jnp.where(active, kept, 0))
+
+
+def _seeds(key: RandomKey, paths: list[str]) -> UInt32[Array, "leaves 2"]:
+    """Draws two words for each leaf, by the key and its path."""
+    names = jnp.asarray([zlib.crc32(path.encode()) for path in paths], jnp.uint32)
+
+    def words(name):
+        return jax.random.bits(jax.random.fold_in(key, name), (2,), jnp.uint32)
+
+    return jax.vmap(words)(names)
+
+
+def _noise(
+    x: Array, seed: UInt32[Array, " 2"], axes: tuple[str, ...]
+) -> Float[Array, "..."]:
+    """Returns numbers in [0, 1), in the shape of `x`: a hash of every entry's place.
+
+    A generator of JAX is a loop for each leaf, and is not fused.
+    """
+    place = ranking.places(x, axes).astype(jnp.uint32)
+    bits = _mixed(_mixed(place ^ seed[0]) ^ seed[1])
+    return (bits >> 8).astype(jnp.float32) * 2**-24
+
+
+def _mixed(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """Mixes all bits of an integer: `lowbias32` of nullprogram.com/blog/2018/07/31."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
 
 
 def annealed(

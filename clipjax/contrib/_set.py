@@ -83,7 +83,7 @@ def sparse_evolutionary(
     check.between(0, 1, drop_fraction=drop_fraction)
     check_storage("sparse_evolutionary", storage)
     start = AtRandom(sparsity, key, allocation, axis_name)
-    rule = Moving(start, drop_fraction, growth=None)
+    rule = Moving(start, drop_fraction, by_gradient=False)
     store = Store(every, where, storage, axis_name)
     return masked(
         inner, rule, store, name="sparse_evolutionary", elementwise=elementwise

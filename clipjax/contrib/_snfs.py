@@ -138,17 +138,12 @@ class _Redistributing:
         return now.memory | {p: one(now.memory[p], x) for p, x in now.updates.items()}
 
     def masks(self, now: Now, old: Masks) -> Masks:
-        """Starts at random, as a move with nothing that could stay, then moves."""
-        starts, means = now.masks_made == 0, self.start.grown(now, _magnitudes)
+        """Starts at random, then moves."""
+        means = {p: now.memory[p] for p in now.params}
         stay, added = self._numbers(now, old, means)
-        return moved(
-            {p: mask & ~starts for p, mask in old.items()},
-            now.params,
-            means,
-            stay=stay,
-            kept=jnp.where(starts, self.start.kept(now), stay + added),
-            axis_name=self.start.axis_name,
-        )
+        first = self.start.kept(now)
+        kept = jnp.where(now.masks_made == 0, first, stay + added)
+        return moved(self.start, now, old, means, (stay, kept))
 
     def _numbers(
         self, now: Now, old: Masks, means: Leaves
@@ -156,13 +151,12 @@ class _Redistributing:
         """Returns how many connections every layer keeps, and how many it grows."""
         axis_name = self.start.axis_name
         sizes = [m.size * sharding.blocks(m, axis_name) for m in old.values()]
-        number = [masks.count(m, axis_name=axis_name) for m in old.values()]
-        number = jnp.stack(number)
+        number = jnp.stack([masks.count(m, axis_name=axis_name) for m in old.values()])
         dropped = part_of(counts.of(number), trees.value_at(self.fraction, now.step))
         dropped = jnp.minimum(integers(dropped), number - 1)  # one stays in each
         total = counts.total(counts.of(dropped))
-        inside = (
-            _sums(means, old, axis_name) / counts.of(jnp.maximum(number, 1)).to_float()
+        inside = _sums(means, old, axis_name) / jnp.maximum(number, 1).astype(
+            jnp.float32
         )
         parts = counts.of(dropped).to_float() / jnp.maximum(total.to_float(), 1)
         shares = jnp.where(jnp.sum(inside) > 0, inside / jnp.sum(inside), parts)
@@ -171,16 +165,14 @@ class _Redistributing:
         return stay, integers(added)
 
 
-def _magnitudes(now: Now) -> Leaves:
-    return {p: jnp.abs(now.memory[p]) for p in now.params}
+def _sums(means: Leaves, kept: Masks, axis_name: AxisName) -> Float[Array, " arrays"]:
+    """Returns of every array the sum of |M| over what the mask keeps, up to one scale.
 
-
-def _sums(scores: Leaves, kept: Masks, axis_name: AxisName) -> Float[Array, " arrays"]:
-    """Returns of every array the sum of what the mask keeps, up to one scale.
-
-    The largest score of all is one, so that no sum overflows.
+    The largest of all is one, so that no sum overflows.
     """
-    inside = [jnp.where(m, scores[p], 0).astype(jnp.float32) for p, m in kept.items()]
+    inside = [
+        jnp.where(m, jnp.abs(means[p]), 0).astype(jnp.float32) for p, m in kept.items()
+    ]
     peak = norms.inf_norm(inside, axis_name=axis_name)
     unit = jnp.where(peak > 0, peak, 1)
     sums = [sharding.over(lax.psum, jnp.sum(x / unit), x, axis_name) for x in inside]

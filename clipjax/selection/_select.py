@@ -137,11 +137,17 @@ def _selected(
         return _marks(these, search.search(task))
 
     def mark(scores, kept, active):
-        now = ranking.candidates(scores, axes)
-        kept = counts.where(active, kept, counts.of(0))
-        return _marks(now, search.search(_task(now, kept, range(len(scores)), ())))
+        return apart(scores, counts.where(active, kept, counts.of(0)), axes)
 
     return in_turns(mark, scores, task.kept)
+
+
+def apart(
+    scores: Sequence[Array | Magnitude], kept: Count, axes: tuple[str, ...]
+) -> list[Bool[Array, "..."]]:
+    """Marks so many entries of each array, all arrays in one loop."""
+    these = ranking.candidates(scores, axes)
+    return _marks(these, search.search(_task(these, kept, range(len(scores)), ())))
 
 
 def _task(
