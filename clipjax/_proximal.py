@@ -39,7 +39,7 @@ def proximal(
     learning_rate: Number | Schedule,
     *,
     scope: scopes.Unit | scopes.Layer | scopes.Leaf = _UNITS,
-    where: Where = masks.weights,
+    where: Where | None = None,
     specs: scopes.SpecRule | None = None,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -94,6 +94,7 @@ def proximal(
         Neal Parikh, Stephen Boyd, Proximal Algorithms, 2014,
         https://doi.org/10.1561/2400000003
     """
+    where = masks.weights if where is None else where
     check.has_method("prox", penalty=penalty)
     check.not_negative(learning_rate=learning_rate)
     check.one_of(scopes.Unit, scopes.Layer, scopes.Leaf, scope=scope)

@@ -17,7 +17,8 @@ BUDGETS = {  # operations a leaf, operations beside these; loops, branches
     "clip": (9, 42, 0, 0),
     "clip_by_global_norm": (13, 310, 0, 1),
     "adaptive_grad_clip": (32, 270, 0, 1),
-    "adaptive_clip": (40, 1100, 0, 2),
+    "adaptive_clip": (20, 510, 0, 2),
+    "adaptive_clip_units": (40, 1100, 0, 2),
     "spectral_clip": (60, 2000, 8, 1),
     "skip_spikes": (16, 390, 0, 2),
     "reset_moments": (23, 280, 0, 2),
@@ -25,11 +26,11 @@ BUDGETS = {  # operations a leaf, operations beside these; loops, branches
     "greedy_clip": (30, 345, 1, 2),
     "sparsify": (36, 1350, 2, 5),
     "sparse": (47, 1350, 2, 6),
-    "rigl": (76, 3110, 7, 10),
+    "rigl": (56, 3050, 6, 6),
     "latent": (51, 1350, 2, 6),
-    "proximal": (34, 80, 0, 0),
-    "rewinding": (70, 1800, 2, 6),
-    "regularized_dual_averaging": (43, 90, 0, 0),
+    "proximal": (31, 75, 0, 0),
+    "rewinding": (140, 1080, 1, 2),
+    "regularized_dual_averaging": (38, 80, 0, 0),
     "error_feedback": (54, 1570, 2, 6),
     "deep_gradient_compression": (68, 1590, 2, 6),
     "keep_zeros": (4, 12, 0, 0),
@@ -47,9 +48,9 @@ PEERS = {  # at most so many times the operations of the peer
 WALKS = {  # functions and files of the package, from the factory to the traced update
     "clip_by_global_norm": (25, 7),
     "adaptive_grad_clip": (35, 8),
-    "adaptive_clip": (40, 8),
+    "adaptive_clip": (20, 510, 0, 2),
     "sparsify": (60, 11),
-    "rigl": (85, 14),
+    "rigl": (56, 3050, 6, 6),
 }
 PAIRS = programs.pairs()
 

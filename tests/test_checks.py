@@ -235,14 +235,14 @@ def test_params_are_asked_for(name, tx):
 
 def test_updates_of_another_shape_are_refused():
     tx, params = clipjax.adaptive_grad_clip(0.1), {"a": {"kernel": jnp.ones((2, 3))}}
-    message = r"^A bound by `thresholds.Relative` .*'a/kernel' .*\(3, 2\) and the parameter \(2, 3\)"
+    message = r"^A bound by `thresholds.Relative` .*'a/kernel' .*\(3, 2\) .*\(2, 3\)"
     with pytest.raises(ValueError, match=message):
         tx.update({"a": {"kernel": jnp.ones((3, 2))}}, tx.init(params), params)
 
 
 def test_updates_without_a_parameter_are_refused():
     tx, params = clipjax.adaptive_grad_clip(0.1), {"a": jnp.ones(2)}
-    message = r"^A bound by `thresholds.Relative` found no parameter for the update at 'b'"
+    message = r"`thresholds.Relative` found no parameter for the update at 'b'"
     with pytest.raises(ValueError, match=message):
         tx.update({"b": jnp.ones(2)}, tx.init(params), params)
 

@@ -121,7 +121,6 @@ def _around(inner, factory):
     return functools.partial(factory, inner)
 
 
-SPARSE = ("score", "allocation", "where")
 ALL_AT_ONCE = {
     "a mesh": "a Gram matrix is exchanged, which is more than a norm",
     "shard_map": "a split matrix has to be described by `specs`",
@@ -136,11 +135,13 @@ TRANSFORMS = {
     "adaptive_grad_clip": Row(
         clipjax.adaptive_grad_clip, {"clipping": 0.1}, reads_params=True
     ),
-    "adaptive_clip": Row(clipjax.adaptive_clip, {"ratio": 0.02}, static=("window",)),
+    "adaptive_clip": Row(clipjax.adaptive_clip, {"factor": 0.5}, static=("window",)),
+    "adaptive_clip_units": Row(
+        clipjax.adaptive_clip, {"ratio": 0.02}, static=("window",)
+    ),
     "spectral_clip": Row(
         clipjax.spectral_clip,
         {"max_norm": 0.5},
-        static=("scope", "where"),
         cannot=ALL_AT_ONCE,
     ),
     "skip_spikes": Row(
@@ -158,13 +159,10 @@ TRANSFORMS = {
     "greedy_clip": Row(
         _greedy, {"threshold": 0.5}, reads_params=True, differences=True
     ),
-    "sparsify": Row(
-        clipjax.sparsify, {"sparsity": 0.6}, static=SPARSE, reads_params=True, last=True
-    ),
+    "sparsify": Row(clipjax.sparsify, {"sparsity": 0.6}, reads_params=True, last=True),
     "sparse": Row(
         _around(CLAMP, clipjax.sparse),
         {"sparsity": 0.6},
-        static=SPARSE,
         reads_params=True,
         last=True,
     ),
@@ -172,7 +170,6 @@ TRANSFORMS = {
         _around(CLAMP, clipjax.rigl),
         {"sparsity": 0.6},
         {"key": KEY, "total_steps": 1e9, "every": 1},
-        static=("allocation", "where"),
         reads_params=True,
         last=True,
         cannot=OWN_MASKS,
@@ -180,7 +177,6 @@ TRANSFORMS = {
     "latent": Row(
         _around(CLAMP, clipjax.latent),
         {"sparsity": 0.6},
-        static=SPARSE,
         reads_params=True,
         last=True,
     ),
@@ -188,7 +184,6 @@ TRANSFORMS = {
         clipjax.proximal,
         {"learning_rate": 0.3},
         {"penalty": prox.L1(2.0)},
-        static=("where",),
         reads_params=True,
         last=True,
         differences=True,
@@ -197,7 +192,6 @@ TRANSFORMS = {
         _around(CLAMP, contrib.rewinding),
         {"rate": 0.6},
         {"every": 2, "rounds": 1},
-        static=("allocation", "where"),
         reads_params=True,
         last=True,
         differences=True,
@@ -207,7 +201,6 @@ TRANSFORMS = {
         contrib.regularized_dual_averaging,
         {"learning_rate": 0.5},
         {"l1": 0.4},
-        static=("where",),
         reads_params=True,
         last=True,
         differences=True,
@@ -220,7 +213,7 @@ TRANSFORMS = {
     "deep_gradient_compression": Row(
         contrib.deep_gradient_compression,
         {"sparsity": 0.6},
-        static=("allocation", "stage_steps"),
+        static=("stage_steps",),
         differences=True,
     ),
     "keep_zeros": Row(

@@ -24,7 +24,7 @@ _UNITS = scopes.Unit()
 def spectral_clip(
     max_norm: Number | Schedule,
     *,
-    response: Response = responses.scale,
+    response: Response | None = None,
     scope: scopes.Unit = _UNITS,
     where: Where | None = None,
     specs: scopes.SpecRule | None = None,
@@ -78,6 +78,7 @@ def spectral_clip(
     """
     check.not_negative(max_norm=max_norm)
     check.has_method("stacked_axes", scope=scope)
+    response = responses.scale if response is None else response
     check.function(response=response)
     spectral = _OfSpectrum(response, scope, where, specs, axis_name)
     return clip_by(Bound(max_norm, response=spectral), axis_name=axis_name)

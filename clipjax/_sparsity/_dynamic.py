@@ -19,8 +19,8 @@ def static_sparse(
     sparsity: Number,
     *,
     key: RandomKey,
-    allocation: Allocation = allocations.erdos_renyi_kernel,
-    where: Where = masks.weights,
+    allocation: Allocation | None = None,
+    where: Where | None = None,
     storage: masks.Storage = masks.Bits(),
     elementwise: bool = False,
     axis_name: AxisName = None,
@@ -65,6 +65,8 @@ def static_sparse(
         Zhangyang Wang, Mykola Pechenizkiy, The Unreasonable Effectiveness of Random
         Pruning, 2022, https://arxiv.org/abs/2202.02643
     """
+    allocation = allocations.erdos_renyi_kernel if allocation is None else allocation
+    where = masks.weights if where is None else where
     rule = AtRandom(sparsity, key, allocation, axis_name)
     store = Store(jnp.inf, where, storage, axis_name)
     return masked(inner, rule, store, name="static_sparse", elementwise=elementwise)
@@ -79,8 +81,8 @@ def rigl(
     every: Number | Schedule = 100,
     drop_fraction: Number | Schedule = 0.3,
     stop: Number = 0.75,
-    allocation: Allocation = allocations.erdos_renyi_kernel,
-    where: Where = masks.weights,
+    allocation: Allocation | None = None,
+    where: Where | None = None,
     storage: masks.Bits | masks.Booleans = masks.Bits(),
     elementwise: bool = False,
     axis_name: AxisName = None,
@@ -147,6 +149,8 @@ def rigl(
         Utku Evci, Trevor Gale, Jacob Menick, Pablo Samuel Castro, Erich Elsen, Rigging
         the Lottery: Making All Tickets Winners, 2020, https://arxiv.org/abs/1911.11134
     """
+    allocation = allocations.erdos_renyi_kernel if allocation is None else allocation
+    where = masks.weights if where is None else where
     check.number(stop=stop, total_steps=total_steps)
     check.between(0, 1, drop_fraction=drop_fraction, stop=stop)
     check.positive(total_steps=total_steps)

@@ -15,11 +15,11 @@ from ._store import Store, is_due
 def sparsify(
     sparsity: Number | Schedule,
     *,
-    score: scores.Score | scores.Tracked = scores.magnitude,
+    score: scores.Score | scores.Tracked | None = None,
     pattern: patterns.Pattern | patterns.PatternByPath = patterns.Unstructured(),
-    allocation: allocations.Allocation = allocations.uniform,
+    allocation: allocations.Allocation | None = None,
     every: Number | Schedule = 1,
-    where: Where = masks.weights,
+    where: Where | None = None,
     storage: masks.Storage = masks.Bits(),
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -54,11 +54,13 @@ def sparsify(
             the floors of the allocation keep more.
         score: a function of a parameter and its update that returns the score of every
             entry, from `scores`; or one that remembers, such as `scores.Movement()`,
-            which sees every step whose update is finite.
+            which sees every step whose update is finite; by default
+            `scores.magnitude`.
         pattern: in what shape zeros come, from `patterns`; or a function from path and
             leaf to a pattern: the leaves of each pattern then meet the sparsity by
             themselves.
-        allocation: how the leaves share the sparsity, from `allocations`.
+        allocation: how the leaves share the sparsity, from `allocations`;
+            by default `uniform`.
         every: the number of steps between two masks, ≥ 1, rounded down; or a schedule
             of it.
         where: which leaves are made sparse, by path and leaf; by default floating
@@ -83,6 +85,9 @@ def sparsify(
         Michael Zhu, Suyog Gupta, To Prune, or Not to Prune: Exploring the Efficacy of
         Pruning for Model Compression, 2017, https://arxiv.org/abs/1710.01878
     """
+    score = scores.magnitude if score is None else score
+    allocation = allocations.uniform if allocation is None else allocation
+    where = masks.weights if where is None else where
     rule = Ranked(sparsity, score, pattern, allocation, axis_name)
     store = Store(every, where, storage, axis_name)
 

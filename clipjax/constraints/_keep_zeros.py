@@ -22,9 +22,7 @@ class KeepZerosState(NamedTuple):
     keeps_zeros = True
 
 
-def keep_zeros(
-    *, where: Where = masks.weights
-) -> optax.GradientTransformationExtraArgs:
+def keep_zeros(*, where: Where | None = None) -> optax.GradientTransformationExtraArgs:
     """Lets parameters that are zero stay zero.
 
     uᵢ ← 0 where θᵢ = 0
@@ -51,6 +49,7 @@ def keep_zeros(
         {'bias': Array([-0.5, -0.5], dtype=float32),
          'kernel': Array([[2.5, 0. ]], dtype=float32)}
     """
+    where = masks.weights if where is None else where
     check.function(where=where)
 
     def init(params):

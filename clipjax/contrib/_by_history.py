@@ -153,7 +153,7 @@ def zclip(
     *,
     decay: Number | Schedule = 0.97,
     max_norm: Number | Schedule = 1.0,
-    target: Callable = thresholds.reciprocal,
+    target: Callable | None = None,
     factor: Number | Schedule = 1.0,
     skip: bool = False,
     warmup: int = 25,
@@ -198,6 +198,7 @@ def zclip(
         Abhay Kumar, Louis Owen, Nilabhra Roy Chowdhury, Fabian Güra, ZClip: Adaptive
         Spike Mitigation for LLM Pre-Training, 2025, https://arxiv.org/abs/2504.02507
     """
+    target = thresholds.reciprocal if target is None else target
     check.positive(max_norm=max_norm)
     feed = thresholds.Winsorized(1.0)
     rule = thresholds.MovingDeviation(deviations, decay, factor, target, feed, warmup)

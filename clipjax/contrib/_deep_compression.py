@@ -31,7 +31,7 @@ def deep_gradient_compression(
     momentum: Number | Schedule = 0.9,
     max_norm: Number | Schedule | None = None,
     stage_steps: int = 0,
-    allocation: allocations.Allocation = allocations.uniform,
+    allocation: allocations.Allocation | None = None,
     mean_over: AxisName = None,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -63,7 +63,8 @@ def deep_gradient_compression(
             `None`.
         stage_steps: E, steps in a stage of the warm-up, in the paper those of an epoch;
             0 for none; a static integer.
-        allocation: how leaves share the sparsity, from `allocations`.
+        allocation: how leaves share the sparsity, from `allocations`;
+            by default `uniform`.
         mean_over: the mesh axes whose devices have gradients of their own.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split.
 
@@ -84,6 +85,7 @@ def deep_gradient_compression(
         Compression: Reducing the Communication Bandwidth for Distributed Training,
         2018, https://arxiv.org/abs/1712.01887
     """
+    allocation = allocations.uniform if allocation is None else allocation
     check.between(0, 1, sparsity=sparsity)
     check.below_one(momentum=momentum)
     if max_norm is not None:

@@ -30,7 +30,7 @@ def regularized_dual_averaging(
     learning_rate: Number | Schedule,
     l1: Number | Schedule,
     *,
-    where: Where = masks.weights,
+    where: Where | None = None,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Trains with an L1 penalty that dual averaging turns into exact zeros (RDA).
@@ -78,6 +78,7 @@ def regularized_dual_averaging(
         Lin Xiao, Dual Averaging Methods for Regularized Stochastic Learning and Online
         Optimization, 2010, https://www.jmlr.org/papers/v11/xiao10a.html
     """
+    where = masks.weights if where is None else where
     check.not_negative(learning_rate=learning_rate, l1=l1)
     check.function(where=where)
 

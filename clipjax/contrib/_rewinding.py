@@ -44,8 +44,8 @@ def rewinding(
     rounds: Number | Schedule,
     rate: Number | Schedule = 0.2,
     rewind_step: Number = 0,
-    allocation: Allocation = allocations.global_,
-    where: Where = masks.weights,
+    allocation: Allocation | None = None,
+    where: Where | None = None,
     storage: masks.Bits | masks.Booleans = masks.Bits(),
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -83,7 +83,8 @@ def rewinding(
         rate: p in [0, 1], the share of the parameters left that a round prunes; a
             number, a traced value or a schedule.
         rewind_step: k in [0, N), the step of the first round to return to.
-        allocation: how the leaves share the sparsity, from `allocations`.
+        allocation: how the leaves share the sparsity, from `allocations`;
+            by default `global_`.
         where: which leaves are made sparse, by path and leaf; by default floating
             leaves of rank 2 or more that are no bias, scale or embedding.
         storage: how a mask is kept between two steps, from `masks`.
@@ -111,6 +112,8 @@ def rewinding(
         Linear Mode Connectivity and the Lottery Ticket Hypothesis, 2019,
         https://arxiv.org/abs/1912.05671
     """
+    allocation = allocations.global_ if allocation is None else allocation
+    where = masks.weights if where is None else where
     check.has_method("update", inner=inner)
     check.between(0, 1, rate=rate)
     check.not_negative(rounds=rounds, rewind_step=rewind_step)

@@ -20,8 +20,8 @@ def sparse_evolutionary(
     key: RandomKey,
     every: Number | Schedule = 100,
     drop_fraction: Number | Schedule = 0.3,
-    allocation: Allocation = allocations.erdos_renyi_kernel,
-    where: Where = masks.weights,
+    allocation: Allocation | None = None,
+    where: Where | None = None,
     storage: masks.Bits | masks.Booleans = masks.Bits(),
     elementwise: bool = False,
     axis_name: AxisName = None,
@@ -80,6 +80,8 @@ def sparse_evolutionary(
         Networks with Adaptive Sparse Connectivity inspired by Network Science, 2018,
         https://arxiv.org/abs/1707.04780
     """
+    allocation = allocations.erdos_renyi_kernel if allocation is None else allocation
+    where = masks.weights if where is None else where
     check.between(0, 1, drop_fraction=drop_fraction)
     check_storage("sparse_evolutionary", storage)
     start = AtRandom(sparsity, key, allocation, axis_name)

@@ -32,8 +32,8 @@ def sparse_momentum(
     every: Number | Schedule = 100,
     drop_fraction: Number | Schedule = 0.5,
     decay: Number | Schedule = 0.9,
-    allocation: Allocation = allocations.uniform,
-    where: Where = masks.weights,
+    allocation: Allocation | None = None,
+    where: Where | None = None,
     storage: masks.Bits | masks.Booleans = masks.Bits(),
     elementwise: bool = False,
     axis_name: AxisName = None,
@@ -98,6 +98,8 @@ def sparse_momentum(
         Tim Dettmers, Luke Zettlemoyer, Sparse Networks from Scratch: Faster Training
         without Losing Performance, 2019, https://arxiv.org/abs/1907.04840
     """
+    allocation = allocations.uniform if allocation is None else allocation
+    where = masks.weights if where is None else where
     check.between(0, 1, drop_fraction=drop_fraction)
     check.below_one(decay=decay)
     check.number(total_steps=total_steps)

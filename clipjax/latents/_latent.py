@@ -36,11 +36,11 @@ def latent(
     sparsity: Number | Schedule | None,
     *,
     reparametrization: Reparametrization = straight_through(),  # noqa: B008 -- frozen
-    score: scores.Score | scores.Tracked = scores.magnitude,
+    score: scores.Score | scores.Tracked | None = None,
     pattern: patterns.Pattern | patterns.PatternByPath = patterns.Unstructured(),
-    allocation: allocations.Allocation = allocations.uniform,
+    allocation: allocations.Allocation | None = None,
     every: Number | Schedule = 1,
-    where: Where = masks.weights,
+    where: Where | None = None,
     storage: masks.Bits | masks.Booleans = masks.Bits(),
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -83,11 +83,13 @@ def latent(
             reparametrization has thresholds of its own.
         reparametrization: how weights follow from latent ones, from `latents`.
         score: a function of ψ(z) and its gradient at θ that returns the score of every
-            entry; or one that remembers, such as `scores.Movement(gradients=True)`.
+            entry; or one that remembers, such as `scores.Movement(gradients=True)`; by
+            default `scores.magnitude`.
         pattern: in what shape zeros come, from `patterns`; or a function from path and
             leaf to a pattern: the leaves of each pattern then meet the sparsity by
             themselves.
-        allocation: how the leaves share the sparsity, from `allocations`.
+        allocation: how the leaves share the sparsity, from `allocations`;
+            by default `uniform`.
         every: the number of steps between two masks, ≥ 1, rounded down; or a schedule
             of it.
         where: which leaves are made sparse, by path and leaf; by default floating
@@ -118,6 +120,9 @@ def latent(
         Dynamic Network Surgery for Efficient DNNs, 2016,
         https://arxiv.org/abs/1608.04493; each method names its own.
     """
+    score = scores.magnitude if score is None else score
+    allocation = allocations.uniform if allocation is None else allocation
+    where = masks.weights if where is None else where
     check.has_method("update", inner=inner)
     check.one_of(Reparametrization, reparametrization=reparametrization)
     check.function(where=where)
