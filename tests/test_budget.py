@@ -46,11 +46,11 @@ PEERS = {  # at most so many times the operations of the peer
     "chain": 2.5,
 }
 WALKS = {  # functions and files of the package, from the factory to the traced update
-    "clip_by_global_norm": (25, 7),
-    "adaptive_grad_clip": (35, 8),
-    "adaptive_clip": (20, 510, 0, 2),
-    "sparsify": (60, 11),
-    "rigl": (56, 3050, 6, 6),
+    "clip_by_global_norm": (53, 6),
+    "adaptive_grad_clip": (75, 9),
+    "adaptive_clip": (89, 10),
+    "sparsify": (129, 23),
+    "rigl": (160, 25),
 }
 PAIRS = programs.pairs()
 
