@@ -115,7 +115,7 @@ def normalize(
 ) -> Float[Array, "..."]:
     """Gives every update the norm of the threshold.
 
-    r = T / n; zero for n = 0, one for a norm that is not finite.
+    r = T / n; zero for n = 0, one for a norm or a threshold that is not finite.
 
     Example:
         >>> import jax.numpy as jnp
@@ -124,10 +124,10 @@ def normalize(
         Array([0.5, 4. , 0. ], dtype=float32)
     """
     known, norm, bound = _sane(norm, threshold)
+    known &= jnp.isfinite(threshold)
     usable = norm > 0
-    ratio = jnp.where(known, jnp.where(usable, bound, 0), 1) / jnp.where(
-        usable, norm, 1
-    )
+    ratio = jnp.where(usable, bound, 0) / jnp.where(usable, norm, 1)
+    ratio = jnp.where(known, ratio, 1)
     return jnp.minimum(ratio, jnp.finfo(norm.dtype).max)
 
 

@@ -272,8 +272,8 @@ def test_values_may_be_traced_or_follow_a_schedule():
     def schedule(step):
         return 1.0 / (1 + step.astype(jnp.float32))
 
-    def follows(scope, ceiling):
-        tx = clip_by(ceiling, Bound(schedule, scope=scope))
+    def follows(scope, whole):
+        tx = clip_by(whole, Bound(schedule, scope=scope))
         return tx, jax.jit(tx.update)
 
     constant = jax.jit(
@@ -784,3 +784,104 @@ def test_a_rule_of_ones_own_may_hold_functions():
         updates, state = tx.update({"w": jnp.array([norm])}, state)
         out.append(float(updates["w"][0]))
     np.testing.assert_allclose(out, [2, 1, 2, 9])
+
+
+# What a number as a bound meets on a mesh, and other corners
+
+
+@pytest.mark.parametrize(
+    "bound",
+    [
+        Bound(1.0, scopes.Unit()),
+        Bound(1.0, scopes.Unit(), norms.rms),
+        Bound(1.0, scopes.Element()),
+        Bound(1.0, scopes.Unit(), norms.inf_norm, responses.lower_peaks),
+    ],
+)
+def test_a_number_bounds_split_parts_on_an_explicit_mesh(bound):
+    explicit = jax.sharding.AxisType.Explicit
+    mesh = jax.make_mesh((8,), ("devices",), axis_types=(explicit,))
+    updates = normal(SPLIT, seed=3)
+    shardings = jax.tree.map(functools.partial(jax.NamedSharding, mesh), SPECS)
+    tx, split = clip_by(bound), jax.device_put(updates, shardings)
+    actual, _ = jax.jit(tx.update)(split, jax.jit(tx.init)(split))
+    expected, _ = tx.update(updates, tx.init(updates))
+    assert_same(jax.device_get(actual), jax.device_get(expected), rtol=2e-6)
+
+
+@pytest.mark.parametrize("scope", [scopes.Tree(), scopes.Leaf()])
+def test_leaves_may_differ_over_an_axis_that_is_not_named(scope):
+    """As the gradients of every device do, before their mean is taken."""
+    axis_types = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=axis_types)
+    tx = clip_by(Bound(1.0, scope), axis_name="model")
+    a, b = normal((8, 3), seed=1), normal((4,), seed=2)
+
+    def clipped(a, b):
+        updates = {"a": a, "b": b}
+        return tx.update(updates, tx.init(updates))[0]["a"]
+
+    run = jax.shard_map(
+        clipped, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data")
+    )
+    actual = jax.jit(run)(a, b)
+    alone = clip_by(Bound(1.0, scope))  # what each device has, by itself
+    parts = [{"a": a[i : i + 2], "b": b} for i in range(0, 8, 2)]
+    expected = [alone.update(own, alone.init(own))[0]["a"] for own in parts]
+    np.testing.assert_allclose(actual, jnp.concatenate(expected), rtol=2e-6)
+
+
+def test_the_first_bounds_of_units_go_by_their_parameters():
+    rule, start = thresholds.WindowedQuantile(), thresholds.Relative(0.1)
+    params, updates = normal(SHAPES, seed=1), normal(SHAPES, seed=2)
+    starts = clip_by(Bound(rule, scopes.Unit(), start=start))
+    expected, _ = first(clip_by(Bound(start, scopes.Unit())), updates, params)
+    actual, _ = jax.jit(starts.update)(updates, starts.init(updates), params)
+    assert_same(actual, expected, rtol=2e-6)
+
+
+def test_entries_that_are_not_plainly_clamped_are_measured():
+    element = scopes.Element()
+    updates = {"w": jnp.array([3.0, -0.5]), "b": jnp.array([np.nan, 4.0])}
+
+    def out(bound, **options):
+        return first(
+            clip_by(bound, **options), updates, {"w": updates["w"], "b": updates["w"]}
+        )[0]
+
+    peaks = out(Bound(1.0, element, norms.inf_norm, responses.lower_peaks))
+    np.testing.assert_allclose(peaks["w"], [1.0, -0.5])
+    clamp = Bound(1.0, element, response=responses.clamp)
+    np.testing.assert_array_equal(out(clamp, nonfinite=responses.skip)["w"], [0, 0])
+    zeroed = out(clamp, nonfinite=responses.zero_scope)
+    np.testing.assert_allclose(zeroed["b"], [0, 1])
+    relative = Bound(thresholds.Relative(0.1), element, response=responses.clamp)
+    np.testing.assert_allclose(out(relative)["w"], [0.3, -0.05])
+
+
+def test_groups_of_one_leaf_may_share_a_norm():
+    scope = scopes.Group(lambda path, leaf: path, shared=True)
+    updates = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
+    clipped, _ = first(clip_by(Bound({"a": 1.0, "b": 10.0}, scope)), updates)
+    np.testing.assert_allclose([clipped["a"][0], clipped["b"][0]], [0.6, 4.0])
+
+
+def test_bounds_in_float32_and_float64_together():
+    with x64():
+        tree = {"a": jnp.full(3, 2.0, jnp.float32), "b": jnp.full(3, 2.0, jnp.float64)}
+        tx = clip_by(
+            Bound({"a": 1.0, "b": jnp.float64(1.0)}, scopes.Leaf()),
+            Bound(thresholds.Relative(0.1), scopes.Tree()),
+        )
+        out, _ = first(tx, tree, tree)
+        assert (out["a"].dtype, out["b"].dtype) == (jnp.float32, jnp.float64)
+        np.testing.assert_allclose(
+            optax.tree.norm(jax.tree.map(np.float64, out)), 0.4899, rtol=1e-4
+        )
+
+
+def test_what_is_complex_and_infinite_passes():
+    updates = {"z": jnp.array([np.inf + 0j, 1.0 - 2.0j])}
+    clipped, state = first(clip_by(1.0), updates)
+    np.testing.assert_array_equal(clipped["z"], updates["z"])
+    assert state.clip.nonfinite_steps == 1

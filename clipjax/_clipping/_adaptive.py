@@ -20,7 +20,7 @@ def adaptive_clip(
     factor: Number | Schedule = 1.05,
     growth: Number | Schedule = 3.0,
     start: Number | Schedule = 0.01,
-    ratio: Number | Schedule = float("inf"),
+    ratio: Number | Schedule | None = None,
     window: int = 64,
     stacked: Axes | Callable[[str, Array], Axes] = (),
     specs: scopes.SpecRule | None = None,
@@ -84,12 +84,12 @@ def adaptive_clip(
         first threshold are ours.
     """
     check.between(0, 1, quantile=quantile)
-    check.positive(factor=factor, start=start, ratio=ratio)
+    check.positive(factor=factor, start=start, ratio=1 if ratio is None else ratio)
     check.at_least(1, growth=growth)
     check.rises(factor=factor, growth=growth)
     check.whole(2, window=window)
     history = WindowedQuantile(quantile, factor, Winsorized(growth), window)
     bounds = [Bound(history, start=Relative(start))]
-    if not (isinstance(ratio, float) and ratio == float("inf")):
+    if ratio is not None:
         bounds.insert(0, Bound(Relative(ratio), scopes.Unit(stacked=stacked)))
     return clip_by(*bounds, nonfinite=responses.skip, specs=specs, axis_name=axis_name)

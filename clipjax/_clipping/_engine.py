@@ -202,9 +202,11 @@ def clip_by(
         specs,
         axis_name,
     )
-    # Compiled as a whole, or outside of `jax.jit` each step would compile its branch
-    # anew.  Inside of one this dissolves.
-    step = jax.jit(functools.partial(_step, plan), inline=True)
+    step = functools.partial(_step, plan)
+    if not trees.holds_arrays(plan.bounds):
+        # Compiled as a whole, or outside of `jax.jit` each step would compile its
+        # branch anew.  Inside of one this dissolves.
+        step = jax.jit(step, inline=True)
 
     def init(params):
         return _init(plan, params)
@@ -252,12 +254,19 @@ class _Plan:
             )
         rules = [rule for bound in self.bounds for rule in bound.rules]
         remembers = any(isinstance(rule, History) for rule in rules)
-        of_entries = last and not others and self.bounds[0].scope == scopes.Element()
+        bound = self.bounds[-1]
+        is_plain = (
+            not others
+            and bound.scope == scopes.Element()
+            and bound.response is responses.clamp
+            and not isinstance(bound.threshold, Relative | Mapping)
+            and self.nonfinite is responses.propagate
+        )
         for name, value in {
             "norm": kinds.pop(),
             "is_leafwise": last,
             "remembers": remembers,
-            "measures": remembers or not of_entries,
+            "measures": remembers or not is_plain,
         }.items():
             object.__setattr__(self, name, value)
 
@@ -298,7 +307,12 @@ def _blank(
 def _no_state(plan: _Plan) -> ClipByState:
     """Returns a state for a caller who keeps none, if there is nothing to remember."""
     rules = [rule for bound in plan.bounds for rule in bound.rules]
-    if plan.remembers or any(map(callable, rules)):
+    frozen = [*rules, *(bound.response for bound in plan.bounds)]
+    if (
+        plan.remembers
+        or any(map(callable, rules))
+        or any(map(trees.is_scheduled, frozen))
+    ):
         raise ValueError(
             "state must be what `tx.init(params)` or the last `tx.update` returned,"
             " since a threshold goes by the step or by past norms, but there is none."
@@ -497,16 +511,19 @@ def _gathered(
     """Returns the norms of all parts, from those of the finest ones by stack."""
     plan, groups = update.plan, tuple(dict.fromkeys(p.label for p in parts.values()))
     labels = [tuple(parts[path].label for path in s.paths) for s in update.stacks]
-    if len(groups) == len(parts):  # every leaf stands by itself
-        whole = all(part.axes is None for part in parts.values())
-        if whole:
-            values = [_pooled_leaves(plan, [x], update.over) for x in values]
+    is_shared = any(part.shared for part in parts.values())
+    if len(groups) == len(parts) and not is_shared:  # every leaf stands by itself
+        whole = [all(parts[p].axes is None for p in s.paths) for s in update.stacks]
+        values = [
+            _pooled_leaves(plan, [x], update.over) if is_whole else x
+            for x, is_whole in zip(values, whole, strict=True)
+        ]
         sets = _Sets(labels, values, None)
     else:
         place = {label: i for i, label in enumerate(groups)}
         rows = [np.asarray([place[label] for label in own]) for own in labels]
         norm = _pooled_leaves(plan, values, update.over)
-        if len(groups) == 1 or any(part.shared for part in parts.values()):
+        if len(groups) == 1 or is_shared:
             norm = jnp.broadcast_to(_pooled(plan, norm), len(groups))
         else:
             inside = np.concatenate(rows)[None] == np.arange(len(groups))[:, None]
@@ -521,8 +538,15 @@ def _means(update: _Update, parts: dict[str, Part], sets: _Sets) -> list[Array]:
     """Turns Euclidean norms into root mean squares."""
     counts = dict.fromkeys((part.label for part in parts.values()), 0)
     for path, part in parts.items():
-        name = update.names[path] if isinstance(update.names, dict) else update.names
-        number = stacked.num_entries(update.leaves[path], part.axes, name)
+        leaf, specs, names = (
+            update.leaves[path],
+            update.plan.specs,
+            update.plan.axis_name,
+        )
+        axes = tuple(range(leaf.ndim)) if part.axes is None else part.axes
+        if specs is not None and names:
+            names = sharding.split_axes(specs(path, leaf), axes)
+        number = stacked.num_entries(leaf, axes, names)
         for label in counts if part.shared else [part.label]:
             counts[label] += number
     result = []
@@ -562,6 +586,8 @@ def _through(
         own = _gathered(update, bound, parts, _weights(update))
         return merge(own.norms)[0]
 
+    if bound.start is not None and len(compared) > 1 and update.params is not None:
+        weights()  # not first within the branch of one of them
     thresholds, factors = [], []
     for i, norm in enumerate(compared):
         labels = () if is_one_rule else sets.labels[i]
@@ -579,7 +605,8 @@ def _through(
     if hasattr(bound.response, "at"):
         return behind, new
     own = _spread(sets, split(factors), now.norms)
-    values = [x * f.astype(x.dtype) for x, f in zip(now.norms, own, strict=True)]
+    own = [f.astype(x.dtype) for x, f in zip(now.norms, own, strict=True)]
+    values = [x * f for x, f in zip(now.norms, own, strict=True)]
     if now.factors is not None:
         own = [a * b for a, b in zip(now.factors, own, strict=True)]
     return behind._replace(norms=values, factors=own), new
@@ -627,7 +654,8 @@ def _compared(
             limit = _started(limit, lambda: start.of(weights()))
     else:
         limit = trees.bound_at(rule, update.step)
-    limit = jnp.broadcast_to(limit, norm.shape)
+    limit = jnp.broadcast_to(limit.astype(norm.dtype), norm.shape)
+    limit = sharding.like(limit, norm)
     # Where nothing may exceed its bound: a norm may be so much more than was found.
     margin = 1 + 2**-20 if update.plan.strict else 1
     if dataclasses.is_dataclass(response):

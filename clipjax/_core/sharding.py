@@ -160,7 +160,7 @@ def zeros(function: Callable[..., Array], x: Array) -> Array:
     return varying_as(result, kind)
 
 
-def varying_as(x: Array, kind: jax.ShapeDtypeStruct) -> Array:
+def varying_as(x: Array, kind: Array | jax.ShapeDtypeStruct) -> Array:
     """Returns `x` as of a type that differs over every device axis that `kind` does."""
     for name in sorted(_varying(kind) - _varying(x)):
         x = x + (jax.lax.axis_index(name) * 0).astype(x.dtype)

@@ -105,8 +105,13 @@ def zeros_of_floats(tree: PyTree) -> PyTree:
 
 def scale(leaf: Any, factor: Float[Array, "..."]) -> Any:
     """Multiplies in float32 or wider, then rounds once to the leaf's own dtype."""
-    product = wide(leaf)
-    return (product * factor.astype(product.dtype)).astype(jnp.result_type(leaf))
+    x = wide(leaf)
+    if jnp.iscomplexobj(x):  # apart: (∞ + 0i) times (1 + 0i) is ∞ + NaN·i
+        factor = factor.astype(x.real.dtype)
+        x = jax.lax.complex(x.real * factor, x.imag * factor)
+    else:
+        x = x * factor.astype(x.dtype)
+    return x.astype(jnp.result_type(leaf))
 
 
 def scale_inward(leaf: Any, factor: Float[Array, "..."]) -> Any:
@@ -168,6 +173,25 @@ def at_step(value: Any, step: Int[Array, ""]) -> Any:
         is_schedule = field.type in _SCHEDULES and callable(old)
         changes[field.name] = old(step) if is_schedule else at_step(old, step)
     return dataclasses.replace(value, **changes)
+
+
+def is_scheduled(value: Any) -> bool:
+    """Tells whether a frozen value of hyperparameters holds a schedule."""
+    if not dataclasses.is_dataclass(value):
+        return False
+    fields = [f for f in dataclasses.fields(value) if f.type in _SCHEDULES]
+    return any(callable(getattr(value, field.name)) for field in fields)
+
+
+def holds_arrays(value: Any) -> bool:
+    """Tells whether a hyperparameter is an array, or holds one."""
+    if dataclasses.is_dataclass(value):
+        return holds_arrays(list(vars(value).values()))
+    if isinstance(value, Mapping):
+        return holds_arrays(list(value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(holds_arrays, value))
+    return isinstance(value, Array)
 
 
 def like(number: Any, x: Array) -> Array:

@@ -6,6 +6,7 @@ compiler, and whoever reads what it made, meets a leaf three times and not thirt
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -88,7 +89,7 @@ def euclidean(
     """
     over = _over(leaves, axis_name) if axis_name else {}
 
-    def squares(scales=None):
+    def squares(scales=None, order=like):
         each = {}
         for path, leaf in leaves.items():
             x = trees.wide(leaf)
@@ -96,7 +97,7 @@ def euclidean(
                 x = x * scales[str(jnp.finfo(x.dtype).dtype)].astype(x.dtype)
             x = square(x)
             each[path] = jnp.sum(x, axes[path], keepdims=axes[path] is not None)
-        result = stacked(each, over, like)
+        result = stacked(each, over, order)
         if over:
             pairs = ((s, over[s.paths[0]]) for s in result)
             result = [
@@ -110,7 +111,8 @@ def euclidean(
     values = [root(x) for x in values]
     if values and repaired and like is None:
         names = tuple(dict.fromkeys(name for own in over.values() for name in own))
-        values = _repaired(values, squares, names)
+        again = functools.partial(squares, order=sums)  # alike, whatever the branch
+        values = _repaired(values, again, names)
     pairs = zip(sums, split(values), strict=True)
     return [Stack(stack.paths, x) for stack, x in pairs]
 
@@ -129,6 +131,8 @@ def _repaired(
     if names:  # all devices have to take the same branch: there are sums in it
         flags = sharding.over(lax.pmax, flags.astype(jnp.int32), flags, names) > 0
     too_large, seen = flags
+    if sharding.differing_axes(flags):  # as what comes out of the branch
+        plain = [sharding.varying_as(x, flags) for x in plain]
 
     def repair():
         scales = {
@@ -136,7 +140,9 @@ def _repaired(
             for name, own in _RANGES.items()
             if any(str(norm.dtype) == name for norm in plain)
         }
-        again, _ = merged([stack.values for stack in squares(scales)])
+        again = [stack.values for stack in squares(scales)]
+        if len(again) > len(plain):  # joined, as the others are
+            again = [jnp.concatenate([x.reshape(-1) for x in again])]
         scaled = [root(x) / scales[str(x.dtype)] for x in again]
         return [
             jnp.where(too_large & (old <= own.high), old, new)
@@ -176,6 +182,7 @@ def pooled(
 ) -> Float[Array, "..."]:
     """Returns the Euclidean norm of norms, whose squares may be out of range."""
     peak = jnp.max(norms, axes, keepdims=True, initial=0, where=where)
+    peak = lax.stop_gradient(peak)  # `pmax` has none, and a unit needs none
     unit = trees.power_of_two(lax.pmax(peak, over) if over else peak)
     squares = jnp.sum(jnp.square(norms / unit), axes, keepdims=True, where=where)
     norm = unit * root(_added(squares, over) if over else squares)
@@ -275,6 +282,8 @@ def square(x: Array) -> Float[Array, "..."]:
 
 def num_entries(x: Array, axes: tuple[int, ...] | None, axis_name: AxisName) -> int:
     """Returns how many entries are measured together, on all devices."""
+    if axes == ():
+        return 1
     lengths = x.shape if axes is None else [x.shape[axis] for axis in axes]
     return math.prod(lengths) * (sharding.blocks(x, axis_name) if axis_name else 1)
 
