@@ -23,7 +23,7 @@ from clipjax.examples import outputs
 
 ROOT = pathlib.Path(__file__).parents[1]
 MNIST = ROOT.parent / "shared" / "data" / "mnist"
-EPOCHS = 25
+EPOCHS = 32
 QUICK = ["train", "--model", "lenet-300-100"]
 
 

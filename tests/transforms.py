@@ -137,7 +137,10 @@ TRANSFORMS = {
     ),
     "adaptive_clip": Row(clipjax.adaptive_clip, {"factor": 0.5}, static=("window",)),
     "adaptive_clip_units": Row(
-        clipjax.adaptive_clip, {"ratio": 0.02}, static=("window",)
+        clipjax.adaptive_clip,
+        {"ratio": 0.02},
+        static=("window",),
+        reads_params=True,
     ),
     "spectral_clip": Row(
         clipjax.spectral_clip,

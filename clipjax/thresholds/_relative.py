@@ -39,4 +39,5 @@ class Relative:
     def of(self, param_norm: Norms) -> Norms:
         """Returns the threshold for parameters of this norm."""
         larger = jnp.maximum(param_norm, trees.like(self.least, param_norm))
+        larger = jnp.where(jnp.isfinite(param_norm), larger, jnp.inf)
         return trees.like(self.factor, param_norm) * larger
