@@ -179,14 +179,17 @@ def visited(make, params, package):
         if event == "call" and code.co_filename.startswith(root):
             found.add((code.co_filename, code.co_firstlineno, code.co_name))
 
+    def noted(function, *arguments):
+        sys.setprofile(note)
+        try:
+            return function(*arguments)
+        finally:
+            sys.setprofile(None)
+
     jax.clear_caches()
-    sys.setprofile(note)
-    try:
-        tx = make()
-        state = jax.eval_shape(tx.init, params)
-        jax.eval_shape(lambda *args: tx.update(*args), params, state, params)
-    finally:
-        sys.setprofile(None)
+    tx = noted(make)
+    state = jax.eval_shape(tx.init, params)
+    noted(jax.eval_shape, lambda *args: tx.update(*args), params, state, params)
     return {each for each in found if not each[2].startswith("<")}  # no lambdas
 
 

@@ -46,11 +46,11 @@ PEERS = {  # at most so many times the operations of the peer
     "chain": 2.5,
 }
 WALKS = {  # functions and files of the package, from the factory to the traced update
-    "clip_by_global_norm": (58, 7),
-    "adaptive_grad_clip": (78, 9),
-    "adaptive_clip": (94, 10),
-    "sparsify": (129, 23),
-    "rigl": (160, 25),
+    "clip_by_global_norm": (55, 7),
+    "adaptive_grad_clip": (75, 9),
+    "adaptive_clip": (89, 10),
+    "sparsify": (124, 23),
+    "rigl": (154, 25),
 }
 PAIRS = programs.pairs()
 
