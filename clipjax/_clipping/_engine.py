@@ -236,6 +236,8 @@ class _Plan:
     measures: bool = True  # not for one plain bound of single entries
 
     def __post_init__(self):
+        if not callable(self.nonfinite):
+            check.function(nonfinite=self.nonfinite)
         if not self.bounds:
             raise ValueError("bounds must not be empty. Give a threshold or a `Bound`.")
         kinds = {
