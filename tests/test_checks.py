@@ -106,9 +106,8 @@ WRONG = {
     "optax.inject_hyperparams(clipjax.adaptive_clip)(factor=2.0).init({})": (
         "name it in `static_args`"
     ),
-    "optax.inject_hyperparams(clipjax.sparsify, ['where','allocation'])(.5).init({})": (
-        "score is static and must be a function"
-    ),
+    "optax.inject_hyperparams(clipjax.sparsify)(.5, score=clipjax.scores.magnitude)"
+    ".init({})": ("score is static and must be a function"),
 }
 
 
