@@ -11,8 +11,8 @@ from jaxtyping import Array, Float
 
 from .. import norms
 from .._core import checks as check, trees
+from .._core.trees import like
 from .._core.types import Number
-from ..prox._entries import like
 
 
 def lassonet(

@@ -66,7 +66,7 @@ def sample(
     _check(temperature, low, high)
     logits = trees.wide(log_alpha)
     noise = jax.random.logistic(key, logits.shape, logits.dtype)
-    noisy = (sharding.like(noise, logits) + logits) / _like(temperature, logits)
+    noisy = (sharding.like(noise, logits) + logits) / trees.like(temperature, logits)
     return _stretched(noisy, low, high).astype(log_alpha.dtype)
 
 
@@ -123,8 +123,8 @@ def open_probability(
     """
     _check(temperature, low, high)
     logits = trees.wide(log_alpha)
-    shift = jnp.log(-_like(low, logits) / _like(high, logits))
-    return jax.nn.sigmoid(logits - _like(temperature, logits) * shift)
+    shift = jnp.log(-trees.like(low, logits) / trees.like(high, logits))
+    return jax.nn.sigmoid(logits - trees.like(temperature, logits) * shift)
 
 
 def expected_l0(
@@ -162,12 +162,8 @@ def _check(temperature: Number, low: Number, high: Number) -> None:
 
 
 def _stretched(logits: Array, low: Number, high: Number) -> Array:
-    gamma, zeta = _like(low, logits), _like(high, logits)
+    gamma, zeta = trees.like(low, logits), trees.like(high, logits)
     return jnp.clip(jax.nn.sigmoid(logits) * (zeta - gamma) + gamma, 0, 1)
-
-
-def _like(number: Number, x: Array) -> Array:
-    return jnp.asarray(number).astype(x.dtype)
 
 
 def __dir__() -> list[str]:

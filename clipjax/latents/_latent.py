@@ -171,7 +171,7 @@ def latent(
             mask = kept_of(masked, path, weight)
             return emit.step_to(update, param, masks.apply(mask, weight))
 
-        outgoing = trees.map_by_path(lambda _, other: other, updates, others)
+        outgoing = trees.replaced(updates, others)
         paths = {path: path for path in weights}
         outgoing = trees.map_by_path(emitted, outgoing, leaves, weights, paths)
         new_state = LatentState(

@@ -64,7 +64,7 @@ def latent_params(opt_state: PyTree, params: PyTree) -> PyTree:
                [-2. ,  0.5]], dtype=float32)
     """
     latents = _collected(opt_state, lambda state: state.latents)
-    return trees.map_by_path(lambda _, latent: latent, params, latents)
+    return trees.replaced(params, latents)
 
 
 def _collected(

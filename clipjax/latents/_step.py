@@ -148,7 +148,7 @@ class Step:
 
 def _seen(tree: PyTree, latents: Leaves, levels: Leaves) -> PyTree:
     """Returns what the optimizer sees: latent weights, or a pair with the levels."""
-    seen = trees.map_by_path(lambda _, latent: latent, tree, latents)
+    seen = trees.replaced(tree, latents)
     return (seen, levels) if levels else seen
 
 

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact
 
 from .._core import checks as check
+from .._core.trees import like
 from .._core.types import Axes, AxisName, Number, Schedule
-from ._entries import like, resized, total
+from ._entries import resized, total
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact
@@ -62,9 +62,4 @@ def total(
 ) -> Float[Array, ""]:
     """Returns λ·Σᵢ f(|xᵢ|), in float32 or wider."""
     value = jnp.sum(function(jnp.abs(trees.wide(x))))
-    return like(strength, value) * value
-
-
-def like(number: Any, x: Array) -> Array:
-    """Returns a number in the dtype of a magnitude."""
-    return jnp.asarray(number).astype(x.dtype)
+    return trees.like(strength, value) * value

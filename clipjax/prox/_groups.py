@@ -13,8 +13,9 @@ from jaxtyping import Array, Float, Inexact
 
 from .. import norms
 from .._core import checks as check, sharding, trees
+from .._core.trees import like
 from .._core.types import Axes, AxisName, Number, Schedule
-from ._entries import like, resized, total
+from ._entries import resized, total
 
 
 @dataclasses.dataclass(frozen=True)
