@@ -261,7 +261,7 @@ class Unit:
         axis = self.axis(path, leaf) if callable(self.axis) else self.axis
         kept = self.stacked_axes(path, leaf)
         if axis is not None:
-            named = _positive(axis, path, leaf)
+            named = _axes_of(axis, path, leaf)
             return Part(path, tuple(a for a in named if a not in kept))
         rest = [i for i in range(leaf.ndim) if i not in kept]
         bias: Shaped | None = bias_of(path, leaves)
@@ -298,11 +298,8 @@ class Element:
 def _axes_of(
     rule: Axes | Callable[[str, Array], Axes], path: str, leaf: Array
 ) -> tuple[int, ...]:
-    return _positive(rule(path, leaf) if callable(rule) else rule, path, leaf)
-
-
-def _positive(axes: Axes, path: str, leaf: Array) -> tuple[int, ...]:
     """Counts axes from the front, and refuses those that are not there."""
+    axes = rule(path, leaf) if callable(rule) else rule
     axes = (axes,) if isinstance(axes, int) else tuple(axes)
     rank = jnp.ndim(leaf)
     if any(not -rank <= axis < rank for axis in axes):

@@ -14,11 +14,11 @@ from helpers import relaxed
 from transforms import TRANSFORMS
 
 BUDGETS = {  # operations a leaf, operations beside these; loops, branches
-    "clip": (9, 42, 0, 0),
-    "clip_by_global_norm": (13, 310, 0, 1),
-    "adaptive_grad_clip": (32, 270, 0, 1),
-    "adaptive_clip": (20, 510, 0, 2),
-    "adaptive_clip_units": (40, 1100, 0, 2),
+    "clip": (9, 41, 0, 0),
+    "clip_by_global_norm": (13, 192, 0, 1),
+    "adaptive_grad_clip": (32, 263, 0, 1),
+    "adaptive_clip": (20, 378, 0, 2),
+    "adaptive_clip_units": (39, 620, 0, 2),
     "spectral_clip": (60, 2000, 8, 1),
     "skip_spikes": (16, 390, 0, 2),
     "reset_moments": (23, 280, 0, 2),
@@ -46,9 +46,9 @@ PEERS = {  # at most so many times the operations of the peer
     "chain": 2.5,
 }
 WALKS = {  # functions and files of the package, from the factory to the traced update
-    "clip_by_global_norm": (55, 7),
-    "adaptive_grad_clip": (75, 9),
-    "adaptive_clip": (89, 10),
+    "clip_by_global_norm": (43, 7),
+    "adaptive_grad_clip": (66, 10),
+    "adaptive_clip": (72, 10),
     "sparsify": (124, 23),
     "rigl": (154, 25),
 }

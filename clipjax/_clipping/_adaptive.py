@@ -83,11 +83,9 @@ def adaptive_clip(
         Networks, 2020, https://arxiv.org/abs/2007.14469; the bounded memory and the
         first threshold are ours.
     """
-    check.between(0, 1, quantile=quantile)
     check.positive(factor=factor, start=start, ratio=1 if ratio is None else ratio)
     check.at_least(1, growth=growth)
     check.rises(factor=factor, growth=growth)
-    check.whole(2, window=window)
     history = WindowedQuantile(quantile, factor, Winsorized(growth), window)
     bounds = [Bound(history, start=Relative(start))]
     if ratio is not None:

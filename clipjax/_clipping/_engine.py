@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,43 +28,13 @@ from ..norms._stacked import Stack
 from ..responses import Entrywise, Policy, Response
 from ..scopes import Part, Scope
 from ..thresholds import History, Relative
+from ._record import ClipState, UnmeasuredState, after, first
 
 Threshold = Number | Schedule | Relative | History
 """A bound: a number, or a rule that finds one."""
 
 _TREE = scopes.Tree()
 _NORMS = (norms.global_norm, norms.rms, norms.inf_norm, norms.spectral_norm)
-
-
-class ClipState(NamedTuple):
-    """The last step of a clip, and how often it acted.
-
-    Norms are of the last step whose norm was finite.  They are Euclidean, of all leaves
-    together; but of a clip by `norms.inf_norm` or `norms.spectral_norm`, the largest
-    such norm of any part.
-    """
-
-    step: Int[Array, ""]  # updates seen
-    norm: Float[Array, ""]  # of the incoming update
-    clipped_norm: Float[Array, ""]  # of the outgoing update
-    threshold: Float[Array, ""]  # in the unit of the transform's own argument
-    clipped_steps: Int[Array, ""]  # updates that were changed
-    nonfinite_steps: Int[Array, ""]  # updates with a NaN or an infinity
-
-    def measured(self) -> Iterator[tuple[str, Array]]:
-        """Yields what `metrics` reads."""
-        steps = jnp.maximum(self.step, 1).astype(jnp.float32)
-        yield "norm", self.norm
-        yield "clipped_norm", self.clipped_norm
-        yield "threshold", self.threshold
-        yield "clipped_share", self.clipped_steps.astype(jnp.float32) / steps
-        yield "nonfinite_steps", self.nonfinite_steps
-
-
-class UnmeasuredState(NamedTuple):
-    """What remains of a clip that needs no norm."""
-
-    step: Int[Array, ""]  # updates seen
 
 
 class ClipByState(NamedTuple):
@@ -194,13 +164,13 @@ def clip_by(
         >>> tx.update(updates, tx.init(updates))[0]["a"]  # to norm 1, then to 0.5
         Array([0.3, 0.4], dtype=float32)
     """
-    plan = _Plan(
+    plan = _plan(
         tuple(b if isinstance(b, Bound) else Bound(b) for b in bounds),
-        nonfinite,
-        strict,
-        where,
-        specs,
-        axis_name,
+        nonfinite=nonfinite,
+        strict=strict,
+        where=where,
+        specs=specs,
+        axis_name=axis_name,
     )
     step = functools.partial(_step, plan)
     if not trees.holds_arrays(plan.bounds):
@@ -220,8 +190,7 @@ def clip_by(
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType] -- a state may be kept by nobody
 
 
-@dataclasses.dataclass(frozen=True)
-class _Plan:
+class _Plan(NamedTuple):
     """The arguments of `clip_by`, and what follows from them."""
 
     bounds: tuple[Bound, ...]
@@ -230,78 +199,78 @@ class _Plan:
     where: Where | None
     specs: scopes.SpecRule | None
     axis_name: AxisName
-    norm: Callable[..., Any] = norms.global_norm  # what is measured
-    is_leafwise: bool = False  # whether the last response changes leaves as a whole
-    remembers: bool = False  # whether a threshold goes by the past
-    measures: bool = True  # not for one plain bound of single entries
+    norm: Callable[..., Any]  # what is measured
+    pool: Callable[..., Array]  # norms of parts to that of all of them
+    is_leafwise: bool  # whether the last response changes leaves as a whole
+    remembers: bool  # whether a threshold goes by the past
+    measures: bool  # not for one plain bound of single entries
 
-    def __post_init__(self):
-        if not callable(self.nonfinite):
-            check.function(nonfinite=self.nonfinite)
-        if not self.bounds:
-            raise ValueError("bounds must not be empty. Give a threshold or a `Bound`.")
-        kinds = {
-            norms.global_norm if b.norm is norms.rms else b.norm for b in self.bounds
-        }
-        if len(kinds) > 1:
-            raise ValueError(
-                "bounds must all go by `norms.global_norm` or `norms.rms`, or all by"
-                " one other norm, since the update is measured once. Chain two clips."
-            )
-        *others, last = (hasattr(bound.response, "at") for bound in self.bounds)
-        if any(others):
-            raise ValueError(
-                "bounds may have a response that is no factor, such as"
-                " `responses.clamp`, only in the last place. Chain two clips."
-            )
-        rules = [rule for bound in self.bounds for rule in bound.rules]
-        remembers = any(isinstance(rule, History) for rule in rules)
-        bound = self.bounds[-1]
-        is_plain = (
-            not others
-            and bound.scope == scopes.Element()
-            and bound.response is responses.clamp
-            and not isinstance(bound.threshold, Relative | Mapping)
-            and self.nonfinite is responses.propagate
+
+def _plan(bounds: tuple[Bound, ...], *, nonfinite: Policy, **options: Any) -> _Plan:
+    """Checks what bounds are together, and says what they need."""
+    if not callable(nonfinite):
+        check.function(nonfinite=nonfinite)
+    if not bounds:
+        raise ValueError("bounds must not be empty. Give a threshold or a `Bound`.")
+    kinds = {norms.global_norm if b.norm is norms.rms else b.norm for b in bounds}
+    if len(kinds) > 1:
+        raise ValueError(
+            "bounds must all go by `norms.global_norm` or `norms.rms`, or all by one"
+            " other norm, since the update is measured once. Chain two clips."
         )
-        for name, value in {
-            "norm": kinds.pop(),
-            "is_leafwise": last,
-            "remembers": remembers,
-            "measures": remembers or not is_plain,
-        }.items():
-            object.__setattr__(self, name, value)
+    *others, is_leafwise = (hasattr(bound.response, "at") for bound in bounds)
+    if any(others):
+        raise ValueError(
+            "bounds may have a response that is no factor, such as `responses.clamp`,"
+            " only in the last place. Chain two clips."
+        )
+    norm, last = kinds.pop(), bounds[-1]
+    remembers = any(isinstance(rule, History) for b in bounds for rule in b.rules)
+    is_plain = (
+        len(bounds) == 1
+        and last.scope == scopes.Element()
+        and last.response is responses.clamp
+        and not isinstance(last.threshold, Relative | Mapping)
+        and nonfinite is responses.propagate
+    )
+    return _Plan(
+        bounds,
+        nonfinite,
+        **options,
+        norm=norm,
+        pool=stacked.pooled if norm is norms.global_norm else stacked.largest,
+        is_leafwise=is_leafwise,
+        remembers=remembers,
+        measures=remembers or not is_plain,
+    )
 
 
 def _init(plan: _Plan, params: PyTree) -> ClipByState:
     """Returns the state before the first update."""
     found, memory = trees.floats(params), []
-    leaves = _chosen(plan, found)
+    leaves = {p: x for p, x in found.items() if not plan.where or plan.where(p, x)}
     for bound in plan.bounds:
         own = {}
         if any(isinstance(rule, History) for rule in bound.rules):
-            (parts,), axes, names, _ = _divided(plan, leaves, found, [bound])
-            for path, part in parts.items():
+            division = _divided(plan, leaves, found, [bound])
+            for path, part in division.parts[0].items():
                 rule = bound.rule(part.label)
                 if isinstance(rule, History) and part.label not in own:
-                    own[part.label] = rule.empty(
-                        _blank(plan, leaves, path, axes, names)
-                    )
+                    own[part.label] = rule.empty(_blank(plan, leaves, path, division))
         memory.append(own)
-    unmeasured = UnmeasuredState(jnp.zeros([], jnp.int32))
-    return ClipByState(first() if plan.measures else unmeasured, tuple(memory))
+    record = first() if plan.measures else UnmeasuredState(jnp.zeros([], jnp.int32))
+    return ClipByState(record, tuple(memory))
 
 
 def _blank(
-    plan: _Plan, leaves: dict[str, Array], path: str, axes: dict[str, Any], names: Any
+    plan: _Plan, leaves: dict[str, Array], path: str, division: _Division
 ) -> Float[Array, "..."]:
     """Returns zeros like the norm of a part, laid out as that will be."""
-    if axes[path] is None:
+    if division.axes[path] is None:
         return jnp.zeros([], jnp.float32)
-    own = {path: axes[path]}
 
     def norm(x):
-        return _measured(plan, {path: x}, own, names)[0].values[0]
+        return _measured(plan, {path: x}, division)[0].values[0]
 
     return sharding.zeros(norm, leaves[path]).astype(jnp.float32)
 
@@ -322,8 +291,14 @@ def _no_state(plan: _Plan) -> ClipByState:
     return _init(plan, {})
 
 
-def _chosen(plan: _Plan, leaves: dict[str, Array]) -> dict[str, Array]:
-    return {p: x for p, x in leaves.items() if plan.where is None or plan.where(p, x)}
+class _Division(NamedTuple):
+    """Which parts are measured."""
+
+    parts: list[dict[str, Part]]  # of each bound, by path
+    axes: dict[str, tuple[int, ...] | None]  # measured together at the finest
+    mesh_axes: Any  # for all leaves or by path; of matrices, `PartitionSpec`s
+    over: AxisName  # mesh axes over which the norms of parts still differ
+    of_entries: bool  # whether every entry is a part by itself
 
 
 class _Update(NamedTuple):
@@ -334,10 +309,7 @@ class _Update(NamedTuple):
     found: dict[str, Array]  # all, and their parameters where they have no update
     params: PyTree
     step: Int[Array, ""]
-    axes: dict[str, tuple[int, ...] | None]  # measured together at the finest
-    names: Any  # mesh axes, for all leaves or by path; of matrices, `PartitionSpec`s
-    over: AxisName  # mesh axes over which the norms of parts still differ
-    of_entries: bool  # whether every entry is a part by itself
+    division: _Division
     stacks: list[Stack]
     norm: Float[Array, ""]  # of everything
 
@@ -346,6 +318,8 @@ class _Now(NamedTuple):
     """An update that has passed some of its bounds, by stack."""
 
     norms: list[Array]
+    norm: Float[Array, ""] | None  # of everything, where that is known
+    touched: tuple[Bool[Array, ""], ...] = ()  # whether a bound changed anything
     factors: list[Array] | None = None  # `None` before the first
     thresholds: list[Array] | None = None  # of the last bound
     compared: list[Array] | None = None  # the norms that those were compared with
@@ -357,7 +331,7 @@ def _step(
 ) -> tuple[PyTree, ClipByState]:
     """Measures, goes through the bounds, multiplies, and keeps a record."""
     every, step = trees.floats(updates), state.clip.step
-    leaves = _chosen(plan, every)
+    leaves = {p: x for p, x in every.items() if not plan.where or plan.where(p, x)}
     if not plan.measures:  # every entry is bounded by itself
         limit = trees.bound_at(plan.bounds[0].threshold, step)  # pyright: ignore[reportArgumentType] -- no rule
         entries = plan.bounds[0].response.entries  # pyright: ignore[reportFunctionMemberAccess] -- has it
@@ -366,26 +340,16 @@ def _step(
         return trees.replaced(updates, changed), state._replace(clip=record)
     # A bias tells the unit of its kernel, even where it has no update.
     found = every if params is None else trees.floats(params) | every
-    parts, axes, names, over = _divided(plan, leaves, found, plan.bounds)
-    of_entries = all(own == () for own in axes.values())
-    stacks = _measured(plan, leaves, axes, names)
-    now, memory = _Now([stack.values for stack in stacks]), []
-    norm = _pooled_all(plan, now.norms, over, of_entries)
-    update = _Update(
-        plan,
-        leaves,
-        found,
-        params,
-        step,
-        axes,
-        names,
-        over,
-        of_entries,
-        stacks,
-        norm,
-    )
-    for bound, own, old in zip(plan.bounds, parts, state.threshold_memory, strict=True):
-        now, new = _through(update, bound, own, old, now)
+    division = _divided(plan, leaves, found, plan.bounds)
+    stacks = _measured(plan, leaves, division)
+    values = [stack.values for stack in stacks]
+    norm = _whole(plan, values, division.over)
+    update = _Update(plan, leaves, found, params, step, division, stacks, norm)
+    now, memory = _Now(values, norm), []
+    for i, (bound, old) in enumerate(
+        zip(plan.bounds, state.threshold_memory, strict=True)
+    ):
+        now, new = _through(update, bound, division.parts[i], old, now)
         memory.append(new)
     changed = _applied(update, now)
     record = _recorded(update, state.clip, now, changed)
@@ -400,9 +364,9 @@ def _divided(
     leaves: dict[str, Array],
     found: dict[str, Array],
     bounds: Sequence[Bound],
-) -> tuple[list[dict[str, Part]], dict[str, Any], Any, AxisName]:
-    """Divides the leaves for each bound; returns the finest parts and their meshes."""
-    parts, axes, names = [], dict.fromkeys(leaves), plan.axis_name
+) -> _Division:
+    """Divides the leaves for each bound, and finds the finest parts."""
+    parts, axes, mesh_axes = [], dict.fromkeys(leaves), plan.axis_name
     for bound in bounds:
         if bound.scope == _TREE:  # of every leaf the same
             parts.append(dict.fromkeys(leaves, Part("")))
@@ -417,156 +381,134 @@ def _divided(
             axes[path] = axes[path] if part.axes is None else part.axes
     if plan.norm is norms.spectral_norm:
         rule = functools.partial(sharding.matrix_spec, plan.specs, plan.axis_name)
-        names = {path: rule(path, leaf) for path, leaf in leaves.items()}
+        mesh_axes = {path: rule(path, leaf) for path, leaf in leaves.items()}
     elif plan.specs is not None and plan.axis_name:
-        names = {}
-        for path, leaf in leaves.items():
-            own = axes[path]
-            own = tuple(range(leaf.ndim)) if own is None else own
-            names[path] = sharding.split_axes(plan.specs(path, leaf), own)
-    differ = plan.specs or all(own == () for own in axes.values())
-    return parts, axes, names, plan.axis_name if differ else None
+        mesh_axes = {
+            path: sharding.split_axes(plan.specs(path, leaf), _measured_axes(leaf, own))
+            for (path, leaf), own in zip(leaves.items(), axes.values(), strict=True)
+        }
+    of_entries = all(own == () for own in axes.values())
+    over = plan.axis_name if plan.specs or of_entries else None
+    return _Division(parts, axes, mesh_axes, over, of_entries)
+
+
+def _measured_axes(leaf: Array, axes: tuple[int, ...] | None) -> tuple[int, ...]:
+    return tuple(range(leaf.ndim)) if axes is None else axes
 
 
 def _measured(
     plan: _Plan,
     leaves: dict[str, Array],
-    axes: dict[str, tuple[int, ...] | None],
-    names: Any,
+    division: _Division,
     like: list[Stack] | None = None,
 ) -> list[Stack]:
     """Measures leaves, in the order of others that these are compared with."""
-    of_entries = all(own == () for own in axes.values())
-    if plan.norm is norms.global_norm and not of_entries:
-        return stacked.euclidean(leaves, axes, names, like=like)
+    axes, mesh_axes = division.axes, division.mesh_axes
+    if plan.norm is norms.global_norm and not division.of_entries:
+        return stacked.euclidean(leaves, axes, mesh_axes, like=like)
     found = {}
     for path, leaf in leaves.items():
-        name = names[path] if isinstance(names, dict) else names
+        own = mesh_axes[path] if isinstance(mesh_axes, dict) else mesh_axes
         if axes[path] == ():
             found[path] = jnp.abs(trees.wide(leaf))
         elif plan.norm is norms.spectral_norm:
-            found[path] = norms.spectral_norm(leaf, axes[path], spec=name)
+            found[path] = norms.spectral_norm(leaf, axes[path], spec=own)
         else:
-            found[path] = norms.unit_inf_norm(leaf, axes[path], axis_name=name)
+            found[path] = norms.unit_inf_norm(leaf, axes[path], axis_name=own)
         if axes[path] is None:
             found[path] = found[path].reshape(())
     # Entries by themselves are not stacked, which would copy whole leaves.
-    apart = {path: (path,) for path in found} if of_entries else {}
+    apart = {path: (path,) for path in found} if division.of_entries else {}
     return stacked.stacked(found, apart, like)
 
 
-def _pooled(
-    plan: _Plan,
-    values: Array,
-    axes: Any = None,
-    over: AxisName = None,
-    where: Any = True,
-) -> Array:
-    """Returns the norm of several parts together, from the norms of each."""
-    names = sharding.axes_of(values, over) if over else ()
-    is_euclidean = plan.norm is norms.global_norm
-    pool = stacked.pooled if is_euclidean else stacked.largest
-    return pool(values, axes, names, where)
-
-
-def _pooled_leaves(
+def _of_leaves(
     plan: _Plan, values: list[Array], over: AxisName
 ) -> Float[Array, " leaves"]:
     """Returns the norms of whole leaves, from those of their parts by stack."""
     inner = [tuple(range(1, x.ndim)) for x in values]
     pairs = zip(values, inner, strict=True)
-    return stacked.joined([_pooled(plan, x, i, over) if i else x for x, i in pairs])
+    return stacked.joined(
+        [plan.pool(x, axes, over) if axes else x for x, axes in pairs]
+    )
 
 
-def _pooled_all(
-    plan: _Plan, values: list[Array], over: AxisName, of_entries: bool
-) -> Float[Array, ""]:
+def _whole(plan: _Plan, values: list[Array], over: AxisName) -> Float[Array, ""]:
     """Returns the norm of everything."""
     if not values:
         return jnp.zeros([], jnp.float32)
-    if of_entries:  # as large as the leaves
-        pool = norms.inf_norm
-        if plan.norm is norms.global_norm:
-            pool = functools.partial(norms.global_norm, scaled=True)
-        return pool(values, axis_name=over)
-    if over is None:
+    if over is None and len(values) > 1:
         values, _ = stacked.merged(values)
-        if len(values) == 1:
-            return _pooled(plan, values[0])
-    return _pooled(plan, _pooled_leaves(plan, values, over))
+    if len(values) == 1:
+        return plan.pool(values[0], None, over)
+    return plan.pool(_of_leaves(plan, values, over))
 
 
 # What a bound does to it
 
 
 class _Sets(NamedTuple):
-    """The parts of one bound, some of them compared side by side."""
+    """The parts of one bound, as they are compared: a number or side by side."""
 
-    labels: list[tuple[str, ...]]
+    labels: list[tuple[str, ...]]  # of the norms in each array
     norms: list[Array]
-    rows: list[np.ndarray] | None  # of leaves that share a label: which it is
+    rows: list[np.ndarray] | None = None  # of leaves that share a label: which it is
+
+    def spread(self, results: list[Array], like: list[Array]) -> list[Array]:
+        """Returns what was found for the parts by stack, to stand beside others."""
+        if not results or results[0].ndim == 0:  # of all parts together
+            return results * len(like)
+        if self.rows is not None:
+            results = [results[0][rows] for rows in self.rows]
+        return [_column(x, own) for x, own in zip(results, like, strict=True)]
 
 
 def _gathered(
-    update: _Update, bound: Bound, parts: dict[str, Part], values: list[Array]
+    update: _Update,
+    bound: Bound,
+    parts: dict[str, Part],
+    values: list[Array],
+    norm: Array | None,
 ) -> _Sets:
     """Returns the norms of all parts, from those of the finest ones by stack."""
-    plan, groups = update.plan, tuple(dict.fromkeys(p.label for p in parts.values()))
-    labels = [tuple(parts[path].label for path in s.paths) for s in update.stacks]
+    plan, over, stacks = update.plan, update.division.over, update.stacks
+    groups = tuple(dict.fromkeys(part.label for part in parts.values()))
+    is_whole = [all(parts[p].axes is None for p in s.paths) for s in stacks]
     is_shared = any(part.shared for part in parts.values())
-    if len(groups) == len(parts) and not is_shared:  # every leaf stands by itself
-        whole = [all(parts[p].axes is None for p in s.paths) for s in update.stacks]
-        values = [
-            _pooled_leaves(plan, [x], update.over) if is_whole else x
-            for x, is_whole in zip(values, whole, strict=True)
-        ]
-        sets = _Sets(labels, values, None)
-    else:
-        place = {label: i for i, label in enumerate(groups)}
-        rows = [np.asarray([place[label] for label in own]) for own in labels]
-        norm = _pooled_leaves(plan, values, update.over)
-        if len(groups) == 1 or is_shared:
-            norm = jnp.broadcast_to(_pooled(plan, norm), len(groups))
-        else:
-            inside = np.concatenate(rows)[None] == np.arange(len(groups))[:, None]
-            norm = _pooled(plan, norm[None], (1,), None, inside)
-        sets = _Sets([groups], [norm], rows)
-    if bound.norm is not norms.rms:
-        return sets
-    return sets._replace(norms=_means(update, parts, sets))
-
-
-def _means(update: _Update, parts: dict[str, Part], sets: _Sets) -> list[Array]:
-    """Turns Euclidean norms into root mean squares."""
-    counts = dict.fromkeys((part.label for part in parts.values()), 0)
-    for path, part in parts.items():
-        leaf, specs, names = (
-            update.leaves[path],
-            update.plan.specs,
-            update.plan.axis_name,
+    labels = [tuple(parts[path].label for path in s.paths) for s in stacks]
+    if len(groups) == 1 and all(is_whole):
+        sets = _Sets([groups], [_whole(plan, values, over) if norm is None else norm])
+    elif len(groups) == len(parts) and not is_shared:  # every leaf stands by itself
+        pairs = zip(values, is_whole, strict=True)
+        sets = _Sets(
+            labels, [_of_leaves(plan, [x], over) if w else x for x, w in pairs]
         )
-        axes = tuple(range(leaf.ndim)) if part.axes is None else part.axes
-        if specs is not None and names:
-            names = sharding.split_axes(specs(path, leaf), axes)
-        number = stacked.num_entries(leaf, axes, names)
+    else:
+        rows = [np.asarray([groups.index(label) for label in own]) for own in labels]
+        inside = np.concatenate(rows)[None] == np.arange(len(groups))[:, None]
+        inside = np.ones_like(inside) if is_shared else inside
+        each = _of_leaves(plan, values, over)[None]
+        sets = _Sets([groups], [plan.pool(each, (1,), None, inside)], rows)
+    return _means(update, parts, sets) if bound.norm is norms.rms else sets
+
+
+def _means(update: _Update, parts: dict[str, Part], sets: _Sets) -> _Sets:
+    """Turns Euclidean norms into root mean squares."""
+    plan, counts = update.plan, {part.label: 0 for part in parts.values()}
+    for path, part in parts.items():
+        leaf, mesh_axes = update.leaves[path], plan.axis_name
+        if plan.specs is not None and mesh_axes:
+            axes = _measured_axes(leaf, part.axes)
+            mesh_axes = sharding.split_axes(plan.specs(path, leaf), axes)
+        number = stacked.num_entries(leaf, part.axes, mesh_axes)
         for label in counts if part.shared else [part.label]:
             counts[label] += number
     result = []
     for labels, norm in zip(sets.labels, sets.norms, strict=True):
         roots = np.sqrt([max(counts[label], 1) for label in labels])
-        result.append(norm / _column(jnp.asarray(roots, norm.dtype), norm))
-    return result
-
-
-def _spread(sets: _Sets, results: list[Array], values: list[Array]) -> list[Array]:
-    """Returns what was found for the parts by stack, to stand beside its norms."""
-    if sets.rows is None:
-        return [_column(x, own) for x, own in zip(results, values, strict=True)]
-    (result,) = results
-    if len(result) == 1:
-        return [result.reshape(())] * len(values)
-    pairs = zip(sets.rows, values, strict=True)
-    return [_column(result[row], own) for row, own in pairs]
+        roots = jnp.asarray(roots, norm.dtype)
+        result.append(norm / (_column(roots, norm) if norm.ndim else roots[0]))
+    return sets._replace(norms=result)
 
 
 def _through(
@@ -578,40 +520,60 @@ def _through(
 ) -> tuple[_Now, dict[str, PyTree]]:
     """Returns the update behind one more bound, and what that remembers."""
     plan, new = update.plan, dict(memory)
-    sets = _gathered(update, bound, parts, now.norms)
+    sets = _gathered(update, bound, parts, now.norms, now.norm)
+    compared, split = sets.norms, list
     is_one_rule = not (memory or isinstance(bound.threshold, Mapping))
-    merge = stacked.merged if is_one_rule else lambda same: (same, lambda x: x)
-    compared, split = merge(sets.norms)
+    if is_one_rule and len(compared) > 1:
+        compared, split = stacked.merged(compared)
 
     @functools.cache
     def weights():
-        own = _gathered(update, bound, parts, _weights(update))
-        return merge(own.norms)[0]
+        own = _gathered(update, bound, parts, _weights(update), None).norms
+        return own if split is list else stacked.merged(own)[0]
 
     if bound.start is not None and len(compared) > 1 and update.params is not None:
         weights()  # not first within the branch of one of them
-    thresholds, factors = [], []
+    limits, factors = [], []
     for i, norm in enumerate(compared):
-        labels = () if is_one_rule else sets.labels[i]
-        one = functools.partial(lambda i: weights()[i], i)
-        limit, factor, remembered = _compared(update, bound, labels, norm, memory, one)
-        thresholds.append(limit)
+        labels = ("",) if is_one_rule else sets.labels[i]
+        limit, factor, remembered = _compared(
+            update, bound, labels, norm, memory, lambda i=i: weights()[i]
+        )
+        limits.append(limit)
         factors.append(factor)
         new |= remembered
-    if plan.nonfinite not in (responses.propagate, responses.skip):
-        known = _spread(sets, [jnp.isfinite(x) for x in sets.norms], now.norms)
-        known = [a & b for a, b in zip(now.known or known, known, strict=True)]
-        now = now._replace(known=known)
-    limits = _spread(sets, split(thresholds), now.norms)
+    if not hasattr(bound.response, "at"):
+        touched = tuple(jnp.any(factor != 1) for factor in factors)
+        now = now._replace(touched=now.touched + touched)
+    return _behind(plan, bound, sets, split(limits), split(factors), now), new
+
+
+def _behind(
+    plan: _Plan,
+    bound: Bound,
+    sets: _Sets,
+    limits: list[Array],
+    factors: list[Array],
+    now: _Now,
+) -> _Now:
+    """Returns the update behind a bound, from the thresholds and factors of parts."""
+    limits = sets.spread(limits, now.norms)
     behind = now._replace(thresholds=limits, compared=now.norms)
+    if plan.nonfinite not in (responses.propagate, responses.skip):
+        known = sets.spread([jnp.isfinite(x) for x in sets.norms], now.norms)
+        known = [a & b for a, b in zip(now.known or known, known, strict=True)]
+        behind = behind._replace(known=known)
     if hasattr(bound.response, "at"):
-        return behind, new
-    own = _spread(sets, split(factors), now.norms)
+        return behind
+    norm = None
+    if now.norm is not None and len(factors) == 1 and not factors[0].ndim:
+        norm = now.norm * factors[0].astype(now.norm.dtype)
+    own = sets.spread(factors, now.norms)
     own = [f.astype(x.dtype) for x, f in zip(now.norms, own, strict=True)]
     values = [x * f for x, f in zip(now.norms, own, strict=True)]
     if now.factors is not None:
         own = [a * b for a, b in zip(now.factors, own, strict=True)]
-    return behind._replace(norms=values, factors=own), new
+    return behind._replace(norms=values, norm=norm, factors=own)
 
 
 def _weights(update: _Update) -> list[Array]:
@@ -622,7 +584,7 @@ def _weights(update: _Update) -> list[Array]:
     for path, leaf in update.leaves.items():
         check.same_shape(name, path, leaf, found.get(path))
     own = {path: found[path] for path in update.leaves}
-    like = _measured(update.plan, own, update.axes, update.names, update.stacks)
+    like = _measured(update.plan, own, update.division, update.stacks)
     return [stack.values for stack in like]
 
 
@@ -635,38 +597,64 @@ def _compared(
     weights: Callable[[], Array],
 ) -> tuple[Array, Array, dict[str, PyTree]]:
     """Returns the thresholds of parts, their factors, and what is remembered."""
-    if isinstance(bound.threshold, Mapping) and len(labels) > 1:  # each by its own
-        found = []
-        for i, label in enumerate(labels):
-            one = functools.partial(lambda i: weights()[i : i + 1], i)
-            own = norm[i : i + 1]
-            found.append(_compared(update, bound, (label,), own, memory, one))
-        limits, factors, memories = zip(*found, strict=True)
-        new = {label: row for rows in memories for label, row in rows.items()}
-        return jnp.concatenate(limits), jnp.concatenate(factors), new
-    rule, response, past = bound.rule((*labels, "")[0]), bound.response, None
+    label, *others = labels
+    if others and isinstance(bound.threshold, Mapping):
+        return _by_label(update, bound, labels, norm, memory, weights)
+    rule = trees.at_step(bound.rule(label), update.step)
+    past, each = None, jax.vmap
     if isinstance(rule, Relative):
-        limit = trees.at_step(rule, update.step).of(weights())
+        limit = rule.of(weights())
     elif isinstance(rule, History):
-        rule = trees.at_step(rule, update.step)
-        past = _stacked_memory(memory, labels, norm)
-        limit = jax.vmap(rule.threshold)(past, trees.single(norm))
+        if norm.ndim:
+            past = _stacked_memory(memory, labels, norm)
+        else:
+            past, each = memory[label], lambda function: function
+        limit = each(rule.threshold)(past, trees.single(norm))
         if bound.start is not None and update.params is not None:
             start = trees.at_step(bound.start, update.step)
             limit = _started(limit, lambda: start.of(weights()))
     else:
         limit = trees.bound_at(rule, update.step)
-    limit = jnp.broadcast_to(limit.astype(norm.dtype), norm.shape)
-    limit = sharding.like(limit, norm)
+    limit = limit.astype(norm.dtype)
+    if limit.shape != norm.shape:
+        limit = sharding.like(jnp.broadcast_to(limit, norm.shape), norm)
     # Where nothing may exceed its bound: a norm may be so much more than was found.
     margin = 1 + 2**-20 if update.plan.strict else 1
-    if dataclasses.is_dataclass(response):
-        response = trees.at_step(response, update.step)
-    factor = response(norm * margin, limit)
-    if past is None:
+    factor = trees.at_step(bound.response, update.step)(norm * margin, limit)
+    if not isinstance(rule, History):
         return limit, factor, {}
-    sees = (norm, limit, norm * factor)
-    return limit, factor, _remembered(update, rule, labels, past, sees)
+    sees = map(trees.single, (norm, limit, norm * factor))
+    tells = jnp.isfinite(update.norm) & (norm > 0)
+    new = _kept(each(rule.remember)(past, *sees), past, tells, update.division.over)
+    if not norm.ndim:
+        return limit, factor, {label: new}
+    rows = [jax.tree.map(lambda x, i=i: x[i], new) for i in range(len(labels))]
+    return limit, factor, dict(zip(labels, rows, strict=True))
+
+
+def _by_label(
+    update: _Update,
+    bound: Bound,
+    labels: tuple[str, ...],
+    norm: Array,
+    memory: dict[str, PyTree],
+    weights: Callable[[], Array],
+) -> tuple[Array, Array, dict[str, PyTree]]:
+    """Compares the norm of each label by a rule of its own."""
+    found = [
+        _compared(
+            update,
+            bound,
+            (label,),
+            norm[i : i + 1],
+            memory,
+            lambda i=i: weights()[i : i + 1],
+        )
+        for i, label in enumerate(labels)
+    ]
+    limits, factors, memories = zip(*found, strict=True)
+    new = {label: row for rows in memories for label, row in rows.items()}
+    return jnp.concatenate(limits), jnp.concatenate(factors), new
 
 
 def _stacked_memory(
@@ -692,28 +680,18 @@ def _started(limit: Array, start: Callable[[], Array]) -> Array:
     return jnp.where(is_unknown, first, limit)
 
 
-def _remembered(
-    update: _Update,
-    rule: Any,
-    labels: tuple[str, ...],
-    past: PyTree,
-    sees: tuple[Array, Array, Array],
-) -> dict[str, PyTree]:
-    """Returns what is remembered of parts, by label, where norms tell something."""
-    tells = jnp.isfinite(update.norm) & (sees[0] > 0)
+def _kept(
+    new: PyTree, past: PyTree, tells: Bool[Array, "..."], over: AxisName
+) -> PyTree:
+    """Returns what is remembered: as before, where a norm tells nothing."""
 
     def keep(new, old):
         told = tells
         if new.ndim < tells.ndim:  # one for all parts of a leaf
-            told = anywhere(tells, tuple(range(new.ndim, tells.ndim)), update.over)
+            told = anywhere(tells, tuple(range(new.ndim, tells.ndim)), over)
         return jnp.where(_column(told, new), new, old)
 
-    new = jax.tree.map(
-        keep, jax.vmap(rule.remember)(past, *map(trees.single, sees)), past
-    )
-    return {
-        label: jax.tree.map(lambda x, i=i: x[i], new) for i, label in enumerate(labels)
-    }
+    return jax.tree.map(keep, new, past)
 
 
 # What comes of it
@@ -721,22 +699,17 @@ def _remembered(
 
 def _applied(update: _Update, now: _Now) -> dict[str, Array]:
     """Returns the leaves as they come out."""
-    plan, stacks, held = update.plan, update.stacks, lax.optimization_barrier
+    plan, stacks = update.plan, update.stacks
     response: Any = plan.bounds[-1].response
-    if update.of_entries:  # as large as the leaves
-        held = jnp.asarray
     kept = None
     if plan.nonfinite is not responses.propagate:
         parts = now.known or [jnp.isfinite(update.norm)] * len(stacks)
         kept = [plan.nonfinite(known, jnp.isfinite(update.norm)) for known in parts]
-    # Held, or XLA would compute all of the above again for every leaf.
-    factors = _by_path(stacks, now.factors, held)
-    kept = _by_path(stacks, kept, held)
-    changed, limits, compared = {}, {}, {}
-    if plan.is_leafwise:
-        limits = _by_path(stacks, now.thresholds, held)
-        compared = _by_path(stacks, now.compared, held)
+    factors, kept = _by_path(update, now.factors), _by_path(update, kept)
+    limits = _by_path(update, now.thresholds) if plan.is_leafwise else {}
+    compared = _by_path(update, now.compared) if plan.is_leafwise else {}
     scale = trees.scale_inward if plan.strict else trees.scale
+    changed = {}
     for path, leaf in update.leaves.items():
         if factors:
             leaf = scale(leaf, factors[path])
@@ -750,15 +723,17 @@ def _applied(update: _Update, now: _Now) -> dict[str, Array]:
     return changed
 
 
-def _by_path(
-    stacks: list[Stack], values: list[Any] | None, held: Callable[[Array], Array]
-) -> dict[str, Array]:
+def _by_path(update: _Update, values: list[Any] | None) -> dict[str, Array]:
     """Returns the row of each leaf, or the number that holds for all of them."""
     result = {}
-    for (paths, _), x in zip(stacks, values or [], strict=values is not None):
-        if x is not None:
-            rows = stacked.unstacked(held(x)) if x.ndim else [held(x)] * len(paths)
-            result |= dict(zip(paths, rows, strict=True))
+    for (paths, _), x in zip(update.stacks, values or [], strict=values is not None):
+        if x is None:
+            continue
+        if not update.division.of_entries:  # which are as large as the leaves
+            # Held, or XLA would compute all of the above again for every leaf.
+            x = lax.optimization_barrier(x)
+        rows = stacked.unstacked(x) if x.ndim else [x] * len(paths)
+        result |= dict(zip(paths, rows, strict=True))
     return result
 
 
@@ -766,59 +741,25 @@ def _recorded(
     update: _Update, old: Any, now: _Now, changed: dict[str, Array]
 ) -> ClipState:
     """Returns the record of a step."""
-    plan, last, over = update.plan, update.plan.bounds[-1], update.over
-    outgoing, (touched, _) = now.norms, stacked.merged(now.factors or [])
-    touched = [factor != 1 for factor in touched]
+    plan, last, over = update.plan, update.plan.bounds[-1], update.division.over
+    outgoing, norm, touched = now.norms, now.norm, list(now.touched)
     if plan.is_leafwise:
-        like = _measured(plan, changed, update.axes, update.names, update.stacks)
-        outgoing = [stack.values for stack in like]
-        touched += [x != changed[path] for path, x in update.leaves.items()]
-        over = plan.axis_name
+        like = _measured(plan, changed, update.division, update.stacks)
+        outgoing, norm, over = [s.values for s in like], None, plan.axis_name
+        touched += [jnp.any(x != changed[path]) for path, x in update.leaves.items()]
     if isinstance(last.threshold, Relative):
         shown = trees.bound_at(last.threshold.factor, update.step)
     elif isinstance(last.threshold, History | Mapping):
-        shown = norms.inf_norm(now.thresholds, axis_name=update.over)
+        shown = norms.inf_norm(now.thresholds, axis_name=over)
     else:
         shown = trees.bound_at(last.threshold, update.step)
-    flags = jnp.stack([jnp.any(flag) for flag in touched] or [jnp.zeros([], bool)])
+    clipped = jnp.any(jnp.stack(touched)) if touched else jnp.zeros([], bool)
     return after(
         old,
         norm=update.norm,
-        clipped_norm=_pooled_all(plan, outgoing, update.over, update.of_entries),
+        clipped_norm=_whole(plan, outgoing, over) if norm is None else norm,
         threshold=shown,
-        clipped=anywhere(flags, None, over),
-    )
-
-
-def first() -> ClipState:
-    """Returns the record before the first update, each number an array of its own."""
-    i, f = jnp.int32, jnp.float32
-    return ClipState(*(jnp.zeros([], kind) for kind in (i, f, f, f, i, i)))
-
-
-def after(
-    state: ClipState,
-    *,
-    norm: Float[Array, ""],
-    clipped_norm: Float[Array, ""],
-    threshold: Float[Array, ""],
-    clipped: Bool[Array, ""],
-) -> ClipState:
-    """Returns the record after an update, with nothing non-finite in it."""
-    known = jnp.isfinite(norm)
-    limit = float(jnp.finfo(jnp.float32).max)
-
-    def keep(new, old):
-        within = jnp.minimum(new, limit).astype(old.dtype)
-        return jnp.where(known & ~jnp.isnan(new), within, old)
-
-    return ClipState(
-        trees.next_step(state.step),
-        keep(norm, state.norm),
-        keep(clipped_norm, state.clipped_norm),
-        keep(threshold, state.threshold),
-        state.clipped_steps + (known & clipped).astype(jnp.int32),
-        state.nonfinite_steps + (~known).astype(jnp.int32),
+        clipped=anywhere(clipped, None, over) if over else clipped,
     )
 
 

@@ -134,7 +134,7 @@ def normalize_by_update_norm(
         >>> import jax.numpy as jnp
         >>> import clipjax
         >>> tx = clipjax.normalize_by_update_norm(10.0)
-        >>> updates = {"a": jnp.array([3e-9, 4e-9])}
+        >>> updates = {"a": jnp.array([6e-9, 8e-9])}
         >>> tx.update(updates, tx.init(updates))[0]
         {'a': Array([6., 8.], dtype=float32)}
 

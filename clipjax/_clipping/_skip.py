@@ -18,8 +18,8 @@ from .._core.eager import compiled
 from .._core.steps import step_if
 from .._core.types import AxisName, Number, Schedule
 from ..thresholds import WindowedQuantile, Winsorized
-from . import _engine as states
-from ._engine import ClipState
+from . import _record as states
+from ._record import ClipState
 
 _USUAL = 0.9  # the quantile of the recent past that spikes are compared with
 _GROWTH = 3.0  # a spike is remembered at no more than so many thresholds

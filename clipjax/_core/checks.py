@@ -173,7 +173,9 @@ def _concrete(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
         if isinstance(value, Tracer) or callable(value):
             continue
-        if isinstance(value, bool) or not _is_scalar(value):
+        is_array = hasattr(value, "item") and getattr(value, "ndim", None) == 0
+        is_scalar = is_array or isinstance(value, numbers.Real)
+        if isinstance(value, bool) or not is_scalar:
             raise TypeError(
                 f"{name} must be a number, a scalar array or a schedule, but is"
                 f" {value!r} of type {type(value).__name__}."
@@ -188,9 +190,3 @@ def _static(name: str, value: Any, kind: str) -> None:
             f"{name} is static and must be {kind}, but is an array or traced. Under"
             " `optax.inject_hyperparams`, name it in `static_args`."
         )
-
-
-def _is_scalar(value: Any) -> bool:
-    if isinstance(value, numbers.Real):
-        return True
-    return hasattr(value, "dtype") and hasattr(value, "item") and value.ndim == 0

@@ -54,11 +54,9 @@ def map_by_path(function: Callable[..., Any], tree: PyTree, *rest: Mapping) -> P
 
 def replaced(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
     """Returns a tree with other leaves at some paths."""
-
-    def new(keys, leaf):
-        return leaves.get(path(keys), leaf)
-
-    return jax.tree_util.tree_map_with_path(new, tree)
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, leaf: leaves.get(path(keys), leaf), tree
+    )
 
 
 def floats(tree: PyTree) -> dict[str, Any]:

@@ -12,8 +12,8 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from .. import norms
-from .._clipping import _engine as states
-from .._clipping._engine import ClipState
+from .._clipping import _record as states
+from .._clipping._record import ClipState
 from .._core import checks as check, losses, trees
 from .._core.dtypes import common
 from .._core.eager import compiled

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Inexact, PyTree
 
 from .._core import sharding, trees
 from .._core.types import Axes, AxisName
-from ._stacked import euclidean, largest, root, rows, square, total
+from ._stacked import euclidean, largest, root, rows, total
 
 Norm = Callable[..., Float[Array, ""]]
 """A norm of a whole tree: `global_norm`, `rms` or `inf_norm`."""
@@ -88,7 +88,7 @@ def inf_norm(tree: PyTree, *, axis_name: AxisName = None) -> Float[Array, ""]:
         Array(4., dtype=float32)
     """
     leaves = _leaves(tree)
-    peaks = [largest(jnp.abs(x), None, sharding.axes_of(x, axis_name)) for x in leaves]
+    peaks = [largest(jnp.abs(x), None, axis_name) for x in leaves]
     if not peaks:
         return jnp.zeros([], jnp.float32)
     dtype = _widest(peaks)
@@ -150,7 +150,8 @@ def unit_norm(
         >>> clipjax.norms.unit_norm(jnp.array([[3.0, 1.0], [4.0, 0.0]]), axis=0)
         Array([[5., 1.]], dtype=float32)
     """
-    squares = jnp.sum(square(trees.wide(x)), axis=axis, keepdims=True)
+    x = trees.wide(x)
+    squares = jnp.sum(jnp.real(x * jnp.conj(x)), axis=axis, keepdims=True)
     return root(sharding.over(lax.psum, squares, x, axis_name))
 
 
@@ -165,7 +166,8 @@ def unit_rms(
         >>> clipjax.norms.unit_rms(jnp.array([[1.0, 2.0], [7.0, 2.0]]), axis=0)
         Array([[5., 2.]], dtype=float32)
     """
-    squares = jnp.sum(square(trees.wide(x)), axis=axis, keepdims=True)
+    x = trees.wide(x)
+    squares = jnp.sum(jnp.real(x * jnp.conj(x)), axis=axis, keepdims=True)
     entries = x.size // max(squares.size, 1) * sharding.blocks(x, axis_name)
     return root(sharding.over(lax.psum, squares, x, axis_name) / float(max(entries, 1)))
 
@@ -182,7 +184,7 @@ def unit_inf_norm(
         Array([[4., 1.]], dtype=float32)
     """
     peaks = jnp.max(jnp.abs(trees.wide(x)), axis=axis, keepdims=True, initial=0)
-    return largest(peaks, (), sharding.axes_of(x, axis_name))
+    return largest(peaks, (), axis_name)
 
 
 def spectral_norm(

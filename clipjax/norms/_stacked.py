@@ -95,7 +95,7 @@ def euclidean(
             x = trees.wide(leaf)
             if scales is not None:
                 x = x * scales[str(jnp.finfo(x.dtype).dtype)].astype(x.dtype)
-            x = square(x)
+            x = jnp.real(x * jnp.conj(x))
             each[path] = jnp.sum(x, axes[path], keepdims=axes[path] is not None)
         result = stacked(each, over, order)
         if over:
@@ -107,7 +107,9 @@ def euclidean(
         return result
 
     sums = squares()
-    values, split = merged([stack.values for stack in sums])
+    values, split = [stack.values for stack in sums], list
+    if len(values) > 1:
+        values, split = merged(values)
     values = [root(x) for x in values]
     if values and repaired and like is None:
         names = tuple(dict.fromkeys(name for own in over.values() for name in own))
@@ -131,8 +133,8 @@ def _repaired(
     if names:  # all devices have to take the same branch: there are sums in it
         flags = sharding.over(lax.pmax, flags.astype(jnp.int32), flags, names) > 0
     too_large, seen = flags
-    if sharding.differing_axes(flags):  # as what comes out of the branch
-        plain = [sharding.varying_as(x, flags) for x in plain]
+    # In `jax.shard_map` of the type of what comes out of the branch: as the flags.
+    plain = [jnp.where(seen, x, x) for x in plain]
 
     def repair():
         scales = {
@@ -177,15 +179,16 @@ def merged(
 def pooled(
     norms: Float[Array, "..."],
     axes: tuple[int, ...] | None = None,
-    over: tuple[str, ...] = (),
+    over: AxisName = None,
     where: Array | bool = True,
 ) -> Float[Array, "..."]:
     """Returns the Euclidean norm of norms, whose squares may be out of range."""
+    over = sharding.axes_of(norms, over) if over else ()
     peak = jnp.max(norms, axes, keepdims=True, initial=0, where=where)
     peak = lax.stop_gradient(peak)  # `pmax` has none, and a unit needs none
     unit = trees.power_of_two(lax.pmax(peak, over) if over else peak)
     squares = jnp.sum(jnp.square(norms / unit), axes, keepdims=True, where=where)
-    norm = unit * root(_added(squares, over) if over else squares)
+    norm = unit * root(lax.psum(squares, over) if over else squares)
     kept = range(norm.ndim) if axes is None else axes
     return lax.squeeze(norm, tuple(axis % norm.ndim for axis in kept))
 
@@ -193,10 +196,11 @@ def pooled(
 def largest(
     norms: Float[Array, "..."],
     axes: tuple[int, ...] | None = None,
-    over: tuple[str, ...] = (),
+    over: AxisName = None,
     where: Array | None = None,
 ) -> Float[Array, "..."]:
     """Returns the largest of several norms, NaN where one is."""
+    over = sharding.axes_of(norms, over) if over else ()
     peak = jnp.max(norms, axes, initial=0, where=where)
     if not over:
         return peak
@@ -273,13 +277,6 @@ def root(square: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.where(zero, jnp.zeros_like(square), jnp.sqrt(positive))
 
 
-def square(x: Array) -> Float[Array, "..."]:
-    """|x|², of real and complex entries."""
-    if jnp.iscomplexobj(x):
-        return jnp.square(x.real) + jnp.square(x.imag)
-    return x * x
-
-
 def num_entries(x: Array, axes: tuple[int, ...] | None, axis_name: AxisName) -> int:
     """Returns how many entries are measured together, on all devices."""
     if axes == ():
@@ -298,7 +295,3 @@ def _over(
         else dict.fromkeys(leaves, axis_name)
     )
     return {path: sharding.axes_of(x, named[path]) for path, x in leaves.items()}
-
-
-def _added(squares: Array, names: tuple[str, ...]) -> Array:
-    return lax.psum(squares, names) if names else squares
