@@ -23,12 +23,12 @@ METHODS = {
     "clip_by_percentile()": contrib.clip_by_percentile(),
     "quantile_clip()": contrib.quantile_clip(),
     "quantile_clip(0.9)": contrib.quantile_clip(0.9),
-    "zclip()": contrib.zclip(max_norm=np.inf),
-    "zclip(target=at_mean)": contrib.zclip(target=thresholds.at_mean, max_norm=np.inf),
+    "zclip()": contrib.zclip(),
+    "zclip(target=at_mean)": contrib.zclip(target=thresholds.at_mean),
     "zclip(target=at_limit)": contrib.zclip(
         target=thresholds.at_limit, max_norm=np.inf
     ),
-    "zclip(skip=True)": contrib.zclip(skip=True, max_norm=np.inf),
+    "zclip(skip=True)": contrib.zclip(skip=True),
     "adagc()": contrib.adagc(max_norm=np.inf),
     "aggc(...)": contrib.aggc(lambda path, leaf: path),
     "clip_by_moving_sigma()": contrib.clip_by_moving_sigma(),

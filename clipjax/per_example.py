@@ -109,6 +109,7 @@ def clipped_value_and_grad(
         https://arxiv.org/abs/1607.00133
     """
     check.function(fun=fun)
+    check.flag(has_aux=has_aux)
     _numbers(max_norm=max_norm, noise_multiplier=noise_multiplier)
     if microbatch is not None:
         check.whole(1, microbatch=microbatch)

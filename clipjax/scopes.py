@@ -55,22 +55,26 @@ _INPUT_FIRST = ("query", "key", "value", "qkv")  # kernels of Flax's attention
 def unit_axes(path: str, leaf: Shaped, bias: Shaped | None = None) -> tuple[int, ...]:
     """Returns the axes that one unit of a leaf spans, as Flax lays its layers out.
 
-    | leaf                                       | shape             | axes          |
-    | ------------------------------------------ | ----------------- | ------------- |
-    | scalar, vector, bias, scale                | any               | all           |
-    | Embed                                      | (tokens, features) | 1            |
-    | Dense                                      | (in, out)         | 0             |
-    | Conv, 1-D to 3-D                           | (…, in, out)      | all but last  |
-    | DenseGeneral                               | (in…, out…)       | the in…       |
-    | attention: query, key, value               | (in, heads, size) | 0             |
-    | attention: out                             | (heads, size, out) | 0, 1         |
+    | leaf                                       | shape              | axes          |
+    | ------------------------------------------ | ------------------ | ------------- |
+    | scalar, vector, bias, scale                | any                | all           |
+    | Embed                                      | (tokens, features) | 1             |
+    | Dense                                      | (in, out)          | 0             |
+    | Conv, 1-D to 3-D                           | (…, in, out)       | all but last  |
+    | ConvTranspose, `transpose_kernel=True`     | (…, out, in)       | all but -2    |
+    | DenseGeneral                               | (in…, out…)        | the in…       |
+    | attention: query, key, value               | (in, heads, size)  | 0             |
+    | attention: out                             | (heads, size, out) | 0, 1          |
+    | `weight` of Equinox and PyTorch            | (out, in, …)       | all but first |
 
     Layers stacked along an axis of their own, as by `nn.scan`, are not told apart: name
     the axes for those.
 
-    Where there is a bias, the axes of the kernel that it does not have are the unit's.
-    Without one, `query`, `key`, `value` and `qkv` in the path mean (0,), and else every
-    axis but the last is taken.
+    Where there is a bias, the outputs are the axes of its shape: of a `weight` sought
+    from the front, of any other kernel from the back.  Without one, `weight` in the
+    name means that outputs come first, `query`, `key`, `value` and `qkv` in the path
+    mean (0,), and else every axis but the last is taken: name the axes of a transposed
+    convolution without a bias.
 
     Args:
         path: where the leaf stands, such as `attention/query/kernel`.
@@ -93,17 +97,33 @@ def unit_axes(path: str, leaf: Shaped, bias: Shaped | None = None) -> tuple[int,
         return tuple(range(rank))
     if name == "embedding":
         return (rank - 1,)
-    if bias is not None and 0 < len(bias.shape) < rank:
-        inputs = rank - len(bias.shape)
-        if leaf.shape[inputs:] == bias.shape:
-            return tuple(range(inputs))
+    outputs = _outputs(leaf.shape, () if bias is None else bias.shape, name)
+    if outputs is not None:
+        return tuple(axis for axis in range(rank) if axis not in outputs)
     if parents and parents[-1] in _INPUT_FIRST:
         return (0,)
     return tuple(range(rank - 1))
 
 
+def _outputs(
+    shape: tuple[int, ...], bias: tuple[int, ...], name: str
+) -> tuple[int, ...] | None:
+    """Returns the axes of a kernel's outputs, where bias or name tell them."""
+    rank, is_weight = len(shape), "weight" in name
+    for known in (bias, tuple(n for n in bias if n > 1)):  # of Equinox: (out, 1, 1)
+        size = len(known)
+        if 0 < size < rank:
+            last = tuple(range(rank - size, rank))
+            first, second = tuple(range(size)), (1,) if is_weight else (rank - 2,)
+            order = (first, second, last) if is_weight else (last, second, first)
+            for axes in order:
+                if tuple(shape[axis] for axis in axes) == known:
+                    return axes
+    return (0,) if is_weight else None
+
+
 def bias_of(path: str, leaves: Mapping[str, Array]) -> Array | None:
-    """Returns the bias of the layer that a leaf belongs to.
+    """Returns the bias of the layer that a leaf belongs to, called `bias` or `b`.
 
     Args:
         path: of the leaf.
@@ -116,7 +136,7 @@ def bias_of(path: str, leaves: Mapping[str, Array]) -> Array | None:
         Array([0., 0.], dtype=float32)
     """
     parent, slash, _ = path.rpartition("/")
-    return leaves.get(f"{parent}{slash}bias")
+    return leaves.get(f"{parent}{slash}bias", leaves.get(f"{parent}{slash}b"))
 
 
 AxisRule = Axes | Callable[[str, Array], Axes | None] | None
@@ -183,6 +203,7 @@ class Group:
     def __post_init__(self):
         """Checks the argument."""
         check.function(label=self.label)
+        check.flag(shared=self.shared)
 
     def part(self, path: str, leaves: Mapping[str, Array]) -> Part:
         """Says what the leaf at `path` is measured with."""

@@ -183,9 +183,11 @@ def clip_by(
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
+        # Of a module, what is no array stays outside of the compiled step.
+        leaves = None if params is None else trees.floats(params)
         if state is None or isinstance(state, optax.EmptyState):
-            return step(updates, _no_state(plan), params)[0], state
-        return step(updates, state, params)
+            return step(updates, _no_state(plan), leaves)[0], state
+        return step(updates, state, leaves)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType] -- a state may be kept by nobody
 
@@ -208,6 +210,7 @@ class _Plan(NamedTuple):
 
 def _plan(bounds: tuple[Bound, ...], *, nonfinite: Policy, **options: Any) -> _Plan:
     """Checks what bounds are together, and says what they need."""
+    check.flag(strict=options["strict"])
     if not callable(nonfinite):
         check.function(nonfinite=nonfinite)
     if not bounds:
@@ -307,7 +310,7 @@ class _Update(NamedTuple):
     plan: _Plan
     leaves: dict[str, Array]  # that are clipped
     found: dict[str, Array]  # all, and their parameters where they have no update
-    params: PyTree
+    params: dict[str, Array] | None
     step: Int[Array, ""]
     division: _Division
     stacks: list[Stack]
@@ -327,7 +330,7 @@ class _Now(NamedTuple):
 
 
 def _step(
-    plan: _Plan, updates: PyTree, state: ClipByState, params: PyTree
+    plan: _Plan, updates: PyTree, state: ClipByState, params: dict[str, Array] | None
 ) -> tuple[PyTree, ClipByState]:
     """Measures, goes through the bounds, multiplies, and keeps a record."""
     every, step = trees.floats(updates), state.clip.step
@@ -339,7 +342,7 @@ def _step(
         record = UnmeasuredState(trees.next_step(step))
         return trees.replaced(updates, changed), state._replace(clip=record)
     # A bias tells the unit of its kernel, even where it has no update.
-    found = every if params is None else trees.floats(params) | every
+    found = every if params is None else params | every
     division = _divided(plan, leaves, found, plan.bounds)
     stacks = _measured(plan, leaves, division)
     values = [stack.values for stack in stacks]
@@ -578,9 +581,8 @@ def _behind(
 
 def _weights(update: _Update) -> list[Array]:
     """Measures the parameters of the leaves, by stack."""
-    name = "A bound by `thresholds.Relative`"
+    name, found = "A bound by `thresholds.Relative`", update.params or {}
     check.given_params(name, update.params)
-    found = trees.floats(update.params)
     for path, leaf in update.leaves.items():
         check.same_shape(name, path, leaf, found.get(path))
     own = {path: found[path] for path in update.leaves}

@@ -145,8 +145,10 @@ def normalize_by_update_norm(
     check.not_negative(scale_factor=scale_factor, eps=eps)
 
     def response(norm, threshold):
-        lowered = norm / (norm + jnp.asarray(eps, norm.dtype))
-        whole = responses.normalize(norm, threshold)
-        return whole * jnp.where(norm > 0, lowered, 1)
+        shares = jnp.isfinite(norm) & (norm > 0)
+        lowered = jnp.where(shares, norm, 1) / jnp.where(
+            shares, norm + jnp.asarray(eps, norm.dtype), 1
+        )
+        return responses.normalize(norm, threshold) * lowered
 
     return clip_by(Bound(scale_factor, response=response), axis_name=axis_name)

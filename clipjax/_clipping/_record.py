@@ -22,7 +22,7 @@ class ClipState(NamedTuple):
     step: Int[Array, ""]  # updates seen
     norm: Float[Array, ""]  # of the incoming update
     clipped_norm: Float[Array, ""]  # of the outgoing update
-    threshold: Float[Array, ""]  # in the unit of the transform's own argument
+    threshold: Float[Array, ""]  # in its argument's unit; the largest number for none
     clipped_steps: Int[Array, ""]  # updates that were changed
     nonfinite_steps: Int[Array, ""]  # updates with a NaN or an infinity
 
@@ -31,7 +31,8 @@ class ClipState(NamedTuple):
         steps = jnp.maximum(self.step, 1).astype(jnp.float32)
         yield "norm", self.norm
         yield "clipped_norm", self.clipped_norm
-        yield "threshold", self.threshold
+        is_none = self.threshold >= jnp.finfo(jnp.float32).max
+        yield "threshold", jnp.where(is_none, jnp.inf, self.threshold)
         yield "clipped_share", self.clipped_steps.astype(jnp.float32) / steps
         yield "nonfinite_steps", self.nonfinite_steps
 

@@ -164,7 +164,8 @@ def _grown(age: Int[Array, ""], warmup: Float[Array, ""]) -> Float[Array, ""]:
 
 def _restart(inner: Any, params: PyTree) -> Callable[[PyTree, Any], PyTree]:
     """Returns what gives a state the moments of a new one, if a condition holds."""
-    fresh, moments = inner.init(params), memory.moments(inner, params)
+    fresh = inner.init(trees.arrays(params))
+    moments = memory.moments(inner, params)
 
     def one(keys, old, new, condition):
         if trees.path(keys) not in moments:

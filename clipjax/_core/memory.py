@@ -25,6 +25,7 @@ def restarted(
     kept: Mapping[str, Bool[Array, "..."]],
 ) -> PyTree:
     """Returns the state with what is not kept as `inner.init` makes it: mostly zero."""
+    params = trees.arrays(params)
     fresh, names = trees.by_path(inner.init(params)), trees.by_path(params)
 
     def one(keys, old):
@@ -51,6 +52,7 @@ def moments(inner: optax.GradientTransformation, params: PyTree) -> set[str]:
         shape = tuple(2 * size for size in jnp.shape(param)) or (2,)
         return jax.ShapeDtypeStruct(shape, jnp.result_type(param))
 
+    params = trees.arrays(params)
     usual = trees.by_path(jax.eval_shape(inner.init, params))
     larger = trees.by_path(jax.eval_shape(inner.init, jax.tree.map(doubled, params)))
     names = trees.by_path(params)

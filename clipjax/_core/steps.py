@@ -21,9 +21,14 @@ def step_if(
 ) -> tuple[PyTree, Any]:
     """Returns what `update` returns if the condition holds, else zeros and the state.
 
-    Zeros are of the dtype that `update` gives, which may not be that of `updates`.
+    Zeros are of the dtype that `update` gives, which may not be that of `updates`; what
+    is remembered keeps its own, which narrow parameters may have narrowed.
     """
     kinds, states = jax.eval_shape(update, updates, inner_state)
+
+    def take():
+        outgoing, after = update(updates, inner_state)
+        return outgoing, as_before(after, inner_state)
 
     def rest():
         def zero(x, kind):
@@ -34,7 +39,20 @@ def step_if(
         zeros = jax.tree.map(zero, updates, kinds)
         return zeros, jax.tree.map(_laid_out, inner_state, states)
 
-    return jax.lax.cond(condition, lambda: update(updates, inner_state), rest)
+    return jax.lax.cond(condition, take, rest)
+
+
+def as_before(after: PyTree, before: PyTree) -> PyTree:
+    """Gives what is remembered the dtypes that it had.
+
+    Adam of bfloat16 parameters widens its moments if gradients are float32.
+    """
+
+    def one(new, old):
+        dtype = jnp.result_type(old)
+        return new if jnp.result_type(new) == dtype else jnp.asarray(new).astype(dtype)
+
+    return jax.tree.map(one, after, before)
 
 
 def _laid_out(leaf: Array, kind: jax.ShapeDtypeStruct) -> Array:

@@ -60,9 +60,18 @@ def replaced(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
 
 
 def floats(tree: PyTree) -> dict[str, Any]:
-    """Returns by path the leaves that hold floating-point numbers, as JAX arrays."""
+    """Returns by path the leaves that hold floating-point numbers, as JAX arrays.
+
+    For one of which only the shape is given, zeros.
+    """
     leaves = by_path(tree).items()
-    return {name: jnp.asarray(leaf) for name, leaf in leaves if is_float(leaf)}
+    return {name: as_array(leaf) for name, leaf in leaves if is_float(leaf)}
+
+
+def as_array(leaf: Any) -> Array:
+    """Returns a leaf as a JAX array: zeros, where only its shape is given."""
+    is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
+    return jnp.zeros_like(leaf) if is_shape else jnp.asarray(leaf)
 
 
 def chosen(tree: PyTree, where: Where) -> dict[str, Array]:
@@ -71,13 +80,37 @@ def chosen(tree: PyTree, where: Where) -> dict[str, Array]:
 
 
 def is_float(leaf: Any) -> bool:
-    """Tells whether a leaf holds real or complex floating-point numbers."""
-    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+    """Tells whether a leaf holds real or complex floating-point numbers.
+
+    An Equinox module has leaves that are no arrays, such as functions.
+    """
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None:
+        return isinstance(leaf, float | complex)
+    return jnp.issubdtype(dtype, jnp.inexact)
 
 
 def is_number(leaf: Any) -> bool:
-    """Tells whether a leaf holds numbers, and not random keys."""
-    return jnp.issubdtype(jnp.result_type(leaf), jnp.number)
+    """Tells whether a leaf holds numbers, and neither random keys nor anything else."""
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None:
+        return isinstance(leaf, int | float | complex)
+    return jnp.issubdtype(dtype, jnp.number)
+
+
+def arrays(tree: PyTree) -> PyTree:
+    """Returns a tree without what no optimizer can remember anything of."""
+    return jax.tree.map(lambda x: x if is_array(x) else None, tree)
+
+
+def is_array(leaf: Any) -> bool:
+    """Tells whether a leaf is an array or a number, and not a function or a name."""
+    return hasattr(leaf, "dtype") or isinstance(leaf, int | float | complex)
+
+
+def is_function(value: Any) -> bool:
+    """Tells whether a value is to be called: a module that holds arrays is a tree."""
+    return callable(value) and jax.tree_util.all_leaves([value])
 
 
 def wide(leaf: Any) -> Any:
@@ -91,7 +124,7 @@ def wide(leaf: Any) -> Any:
 
 def zeros(leaf: Any, dtype: Any = None) -> Array:
     """Returns zeros, in float32 or wider, that lie on a mesh as a leaf does."""
-    leaf = jnp.asarray(leaf)
+    leaf = as_array(leaf)
     never = (leaf == leaf) & (leaf != leaf)  # a constant would lose the layout
     return never.astype(dtype or jnp.result_type(wide(leaf)))
 

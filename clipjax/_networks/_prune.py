@@ -82,7 +82,7 @@ def prune(
 def _scored(score: Any, leaves: dict[str, Array]) -> Mapping[str, Any]:
     if score is scores.magnitude:
         return {path: scores.Magnitude(x) for path, x in leaves.items()}
-    if callable(score):
+    if trees.is_function(score):
         result = {path: score(x, None) for path, x in leaves.items()}
     else:
         known = trees.by_path(score)

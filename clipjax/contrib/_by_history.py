@@ -152,7 +152,7 @@ def zclip(
     deviations: Number | Schedule = 2.5,
     *,
     decay: Number | Schedule = 0.97,
-    max_norm: Number | Schedule = 1.0,
+    max_norm: Number | Schedule = float("inf"),
     target: Callable | None = None,
     factor: Number | Schedule = 1.0,
     skip: bool = False,
@@ -174,7 +174,8 @@ def zclip(
     Args:
         deviations: z* > 0, the z-score from which on a norm is an outlier.
         decay: d in [0, 1), of the moving mean and variance.
-        max_norm: c > 0, a bound at all times; infinity for none.
+        max_norm: c > 0, a bound at all times; infinity, the default, for none.  The
+            published code has 1, which is then the bound of most steps.
         target: the function that says where an outlier is brought:
             `thresholds.reciprocal`, `at_mean` or `at_limit`.
         factor: f > 0, the threshold as a multiple of the target.
@@ -186,7 +187,7 @@ def zclip(
         >>> import jax.numpy as jnp
         >>> import clipjax
         >>> tx = clipjax.contrib.zclip(
-        ...     2.0, warmup=2, max_norm=jnp.inf, target=clipjax.thresholds.at_limit
+        ...     2.0, warmup=2, target=clipjax.thresholds.at_limit
         ... )
         >>> state = tx.init({"w": jnp.zeros(1)})
         >>> for norm in [3.0, 1.0, 100.0]:
@@ -200,6 +201,7 @@ def zclip(
     """
     target = thresholds.reciprocal if target is None else target
     check.positive(max_norm=max_norm)
+    check.flag(skip=skip)
     feed = thresholds.Winsorized(1.0)
     rule = thresholds.MovingDeviation(deviations, decay, factor, target, feed, warmup)
     if skip:

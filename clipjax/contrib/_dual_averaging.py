@@ -132,7 +132,7 @@ def _copy(param: Any) -> Array | None:
     """Returns an array of its own, which may be donated beside the parameter."""
     if not trees.is_float(param):
         return None
-    wide = trees.wide(jnp.asarray(param))
+    wide = trees.wide(trees.as_array(param))
     return jnp.where(jnp.isfinite(wide), wide, jnp.zeros_like(wide))
 
 

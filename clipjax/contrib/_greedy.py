@@ -81,6 +81,7 @@ def greedy_clip(
         The rule is ours; a line search over the threshold in place of the step.
     """
     check.has_method("update", inner=inner)
+    check.flag(relative=relative)
     if not len(thresholds):
         raise ValueError("thresholds must not be empty. Give one or more numbers.")
     for threshold in thresholds:

@@ -205,7 +205,7 @@ def _anew(inner: optax.GradientTransformation, params: PyTree, old: PyTree) -> P
         was = jnp.asarray(was)
         return sharding.like(jnp.asarray(new, was.dtype), was)
 
-    return jax.tree.map(one, inner.init(params), old)
+    return jax.tree.map(one, inner.init(trees.arrays(params)), old)
 
 
 def _check_first_round(every: Number | Schedule, rewind_step: Number) -> None:

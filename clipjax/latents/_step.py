@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, PyTree
 
 from .. import masks
 from .._core import sharding, trees
+from .._core.steps import as_before
 from .._core.types import AxisName
 from .._sparsity._store import Leaves, unpack
 from ..scores import Score, Tracked
@@ -96,7 +97,7 @@ class Step:
             {p: _moved(z, moves.get(p)) for p, z in state.latents.items()},
             {p: _moved(x, level_moves[p]) for p, x in state.levels.items()},
             self._tracked(slopes, state),
-            inner,
+            as_before(inner, state.latent_inner),
         )
         return moved, {p: u for p, u in moves.items() if p not in slopes}
 

@@ -220,13 +220,13 @@ def spectral_norm(
     if spec is None and len(axes) > 1:
         _refuse_blocks(x)
     split = functools.partial(sharding.split_axes, spec or PartitionSpec())
-    if len(axes) < 2 or not x.size:
-        return unit_norm(x, axes, axis_name=split(axes))
-    rows, columns = tuple(sorted(axes)[:-1]), (max(axes),)
-    over_rows, over_columns = split(rows), split(columns)
     peak = unit_inf_norm(x, axes, axis_name=split(axes))
     unit = trees.power_of_two(peak)
     matrix = trees.wide(x) / unit.astype(trees.wide(x).dtype)
+    if len(axes) < 2 or not x.size:
+        return unit * unit_norm(matrix, axes, axis_name=split(axes))
+    rows, columns = tuple(sorted(axes)[:-1]), (max(axes),)
+    over_rows, over_columns = split(rows), split(columns)
 
     def times(vector):
         image = jnp.sum(matrix * vector, axis=columns, keepdims=True)

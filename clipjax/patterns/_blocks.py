@@ -56,6 +56,12 @@ class Blocks:
 
     def __post_init__(self):
         check.function(pool=self.pool)
+        check.flag(dense_if_ragged=self.dense_if_ragged)
+        if not isinstance(self.shape, tuple | list):
+            raise TypeError(
+                f"shape must be a tuple of lengths, one for each of axes, but is"
+                f" {self.shape!r}."
+            )
         for length in self.shape:
             check.whole(1, shape=length)
         if len(self.shape) != len(self.axes):

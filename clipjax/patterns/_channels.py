@@ -26,8 +26,8 @@ class Channels:
     chosen apart: what a unit feeds in the next layer stays.
 
     Args:
-        axis: along which units are counted; the default is Flax's axis of outputs, and
-            -2 that of inputs.
+        axis: along which units are counted; by default the axis of outputs: the first
+            of a `weight`, as Equinox and PyTorch lay it out, and else the last.
         pool: how the scores of a unit become one: `l2`, `mean`, `max`, or any function
             that keeps the axes with length 1.  What is not finite spoils its unit.
 
@@ -47,7 +47,7 @@ class Channels:
         Filters for Efficient ConvNets, 2016, https://arxiv.org/abs/1608.08710
     """
 
-    axis: int = -1
+    axis: int | None = None
     pool: Pool = l2
 
     def __post_init__(self):
@@ -66,7 +66,10 @@ class Channels:
         pooled, others = {}, {}
         for path, x in arrays.items():
             refuse_split(self, x, axis_name)
-            axis = axis_of(self, self.axis, x)
+            axis = self.axis
+            if axis is None:
+                axis = 0 if "weight" in path.rpartition("/")[2] else -1
+            axis = axis_of(self, axis, x)
             others[path] = tuple(i for i in range(x.ndim) if i != axis)
             pooled[path] = jnp.squeeze(self.pool(x, others[path]), others[path])
         kept = best(pooled, sparsity, allocation=allocation, axis_name=axis_name)

@@ -59,6 +59,7 @@ class NofM:
         check.whole(1, m=self.m)
         check.whole(0, n=self.n)
         check.between(0, self.m, n=self.n)
+        check.flag(dense_if_ragged=self.dense_if_ragged)
 
     def masks(
         self,

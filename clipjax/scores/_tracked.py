@@ -67,6 +67,9 @@ class Movement:
 
     gradients: bool = False
 
+    def __post_init__(self):
+        check.flag(gradients=self.gradients)
+
     def init(self, path: str, param: Num[Array, "..."]) -> Float[Array, "..."]:
         """Returns zeros."""
         del path

@@ -136,6 +136,7 @@ class WindowedQuantile(_Window):
         if isinstance(self.feed, Winsorized):
             check.rises(factor=self.factor, most=self.feed.most)
         check.whole(2, window=self.window)
+        check.flag(current=self.current)
 
     def threshold(self, memory: Float[Array, "..."], norm: Norms) -> Norms:
         """Returns the threshold for a norm; infinity for an empty history."""
