@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Int, Num, UInt8
 
 from ._core import bits as _bits, sharding, trees
 from ._core.types import AxisName
-from .selection import _counts as counts
+from .selection import _reductions as passes
 
 __all__ = [
     "BITS",
@@ -118,7 +118,7 @@ def count(mask: Bool[Array, "..."], *, axis_name: AxisName = None) -> Int[Array,
         >>> clipjax.masks.count(jnp.array([True, False, True]))
         Array(2, dtype=int32)
     """
-    kept = counts.passing([mask])[0].astype(jnp.int32)
+    kept = passes.passing([mask])[0].astype(jnp.int32)
     return sharding.over(lax.psum, kept, mask, axis_name)
 
 

@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, UInt8
 
 BITS = 8  # in a byte
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """A mask as bits: whoever needs it unpacks it, in the loop that reads it."""
+
+    bits: UInt8[Array, "..."]
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    kept: Any = None  # how many entries, an int32, if that is known
+
+
+def mask_of(mask: Bool[Array, "..."] | Packed) -> Bool[Array, "..."]:
+    """Returns a mask that may be packed."""
+    return unpack(mask.bits, mask.shape) if isinstance(mask, Packed) else mask
 
 
 def pack(mask: Bool[Array, "..."]) -> UInt8[Array, "..."]:

@@ -10,6 +10,7 @@ from jaxtyping import Array, PyTree
 
 from .. import allocations, masks, patterns, scores
 from .._core import checks as check, trees
+from .._core.bits import mask_of
 from .._core.types import AxisName, Number, Where
 from ..patterns._by_path import marks
 
@@ -76,6 +77,7 @@ def prune(
         allocation=allocation,
         axis_name=axis_name,
     )
+    kept = {path: mask_of(mask) for path, mask in kept.items()}
     return trees.map_by_path(lambda x, mask: masks.apply(mask, x), params, kept)
 
 

@@ -17,6 +17,7 @@ from jaxtyping import Array, Int
 
 from .. import masks
 from .._core import checks as check, emit, trees
+from .._core.bits import mask_of
 from .._core.eager import compiled
 from .._core.memory import restarted
 from ._ranked import Now
@@ -92,9 +93,9 @@ def masked(
             new = rule.masks(now, old)
             visible = trees.map_by_path(hidden, params, new)
             # The last mask, by its zeros: to read its bits here would copy them.
-            stays = {p: new[p] & masks.nonzero(x) for p, x in leaves.items()}
+            stays = {p: mask_of(new[p]) & masks.nonzero(x) for p, x in leaves.items()}
             if elementwise:  # worth that: a pruned entry may be remembered, zero or not
-                stays = {p: mask & old[p] for p, mask in stays.items()}
+                stays = {p: mask & mask_of(old[p]) for p, mask in stays.items()}
             return new, restarted(inner, inner_state, visible, stays)
 
         read, after, inner_state, made = store.change(

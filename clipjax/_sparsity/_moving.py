@@ -13,19 +13,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key, UInt32
+from jaxtyping import Array, Float, Int, Key, UInt32
 
-from .._core import checks as check, sharding, trees
+from .._core import bits, checks as check, sharding, trees
+from .._core.bits import Packed, mask_of
 from .._core.types import AxisName, Number, Schedule
 from ..allocations import Allocation
-from ..allocations._budget import integers
 from ..allocations._compared import numbers
 from ..patterns._pattern import whole_shapes
 from ..selection import _counts as counts, _keys as ranking
 from ..selection._counts import Count
 from ..selection._keys import Magnitude
-from ..selection._select import apart
-from ..selection._turns import Marking, in_turns
+from ..selection._select import Marking, apart, in_turns
 from ._ranked import Now
 from ._store import Leaves, Masks
 
@@ -59,25 +58,26 @@ class AtRandom:
         del old
         axes = sharding.axis_names(self.axis_name)
 
-        def mark(params, rows, active):
-            kept, seeds = rows
+        def mark(params, kept, rows):
+            _, seeds = rows
             noise = [_noise(x, seeds[i], axes) for i, x in enumerate(params)]
-            return apart(noise, _where(active, kept), axes)
+            return apart(noise, kept, axes)
 
         return self.marked(now, mark, list(now.params.values()), self.kept(now))
 
-    def marked(self, now: Now, mark: Marking, items: list[Any], rows: Any) -> Masks:
+    def marked(
+        self, now: Now, mark: Marking, items: list[Any], kept: Array, rows: Any = ()
+    ) -> Masks:
         """Returns what `mark` makes of every leaf's item, row and random seed.
 
         Of one leaf of each type at a time, unless the compiler may have split them.
         """
-        key = jax.random.fold_in(self.key, now.masks_made)
-        rows = (rows, _seeds(key, list(now.params)))
+        rows = (rows, _seeds(self.key, now.masks_made, list(now.params)))
         is_split = any(map(sharding.is_partitioned, now.params.values()))
         if self.axis_name or is_split:
-            new = mark(items, rows, jnp.ones(len(items), bool))
+            new = mark(items, kept, rows)
         else:
-            new = in_turns(mark, items, rows)
+            new = in_turns(mark, items, kept, rows)
         return dict(zip(now.params, new, strict=True))
 
     def kept(self, now: Now) -> Int[Array, " arrays"]:
@@ -108,7 +108,7 @@ class Moving:
         kept = self.start.kept(now)
         dropped = part_of(counts.of(kept), trees.value_at(self.fraction, now.step))
         growth = now.updates if self.by_gradient else None
-        return moved(self.start, now, old, growth, (kept - integers(dropped), kept))
+        return moved(self.start, now, old, growth, kept - dropped.to_integer(), kept)
 
 
 def moved(
@@ -116,7 +116,8 @@ def moved(
     now: Now,
     old: Masks,
     growth: Leaves | None,
-    stay_and_kept: tuple[Int[Array, " arrays"], Int[Array, " arrays"]],
+    stay: Int[Array, " arrays"],
+    kept: Int[Array, " arrays"],
 ) -> Masks:
     """Returns masks in which so many of the old entries stay and the others are new.
 
@@ -124,42 +125,52 @@ def moved(
     of growth are new, until every array keeps what it should.  The first masks are a
     move with nothing that could stay, and grow at random, as all do without growth.
     """
-    axes, starts = sharding.axis_names(start.axis_name), now.masks_made == 0
+    axes, has_old = sharding.axis_names(start.axis_name), now.masks_made > 0
 
-    def mark(items, rows, active):
-        (stay, kept), seeds = rows
-        olds = [old & ~starts for _, old, *_ in items]
-        # A NaN ranks lowest, below a connection of zero.
-        pairs = zip(olds, items, strict=True)
-        sizes = [Magnitude(jnp.where(old, x, jnp.nan)) for old, (x, *_) in pairs]
-        largest = apart(sizes, _where(active, stay), axes)
-        order = []
-        for i, (x, _, *source) in enumerate(items):
-            score = _noise(x, seeds[i], axes)
-            if source:
-                size = trees.wide(jnp.abs(source[0]))
-                score = jnp.where(starts, score.astype(size.dtype), size)
-            left = olds[i] & largest[i]
-            order.append(Magnitude(jnp.where(left, jnp.inf, score)))
-        return apart(order, _where(active, kept), axes)
+    def mark(items, kept, rows):
+        stay, seeds = rows
+
+        def phase(largest, turn):
+            """Marks what stays, then also what grows: one search serves both."""
+            # Held, or XLA would write what both read before this loop.
+            now, own, turn = jax.lax.optimization_barrier((items, seeds, turn))
+            (grows, number), order = turn, []
+            for i, (x, old, *source) in enumerate(now):
+                has = mask_of(old) & has_old
+                score = _noise(x, own[i], axes)
+                if source:
+                    size = trees.wide(jnp.abs(source[0]))
+                    score = jnp.where(has_old, size, score.astype(size.dtype))
+                score = jnp.where(has & mask_of(largest[i]), jnp.inf, score)
+                # A NaN ranks lowest, below a connection of zero.
+                size = trees.wide(jnp.where(has, jnp.abs(x), jnp.nan))
+                order.append(Magnitude(jnp.where(grows, score, size)))
+            return [*map(as_stored, apart(order, number, axes), largest)], None
+
+        start = [old for _, old, *_ in items]
+        turns = jnp.array([False, True]), jnp.stack([stay, kept])
+        return jax.lax.scan(phase, start, turns)[0]
+
+    def as_stored(mask, old):
+        return Packed(bits.pack(mask), mask.shape) if isinstance(old, Packed) else mask
 
     sources = {p: () if growth is None else (growth[p],) for p in old}
     items = [(now.params[p], mask, *sources[p]) for p, mask in old.items()]
-    return start.marked(now, mark, items, stay_and_kept)
+    return start.marked(now, mark, items, kept, stay)
 
 
-def _where(active: Bool[Array, " types"], kept: Int[Array, " types"]) -> Count:
-    return counts.of(jnp.where(active, kept, 0))
-
-
-def _seeds(key: RandomKey, paths: list[str]) -> UInt32[Array, "leaves 2"]:
-    """Draws two words for each leaf, by the key and its path."""
+def _seeds(
+    key: RandomKey, number: Int[Array, ""] | int, paths: list[str]
+) -> UInt32[Array, "leaves 2"]:
+    """Draws two words for each leaf, by the key, the number of moves and its path."""
     names = jnp.asarray([zlib.crc32(path.encode()) for path in paths], jnp.uint32)
 
-    def words(name):
-        return jax.random.bits(jax.random.fold_in(key, name), (2,), jnp.uint32)
+    def words(number, name):
+        own = jax.random.fold_in(jax.random.fold_in(key, number), name)
+        return jax.random.bits(own, (2,), jnp.uint32)
 
-    return jax.vmap(words)(names)
+    # The number once a leaf too: so both folds are nearly the same program.
+    return jax.vmap(words)(jnp.full(len(paths), number), names)
 
 
 def _noise(
@@ -169,9 +180,9 @@ def _noise(
 
     A generator of JAX is a loop for each leaf, and is not fused.
     """
-    place = ranking.places(x, axes).astype(jnp.uint32)
-    bits = _mixed(_mixed(place ^ seed[0]) ^ seed[1])
-    return (bits >> 8).astype(jnp.float32) * 2**-24
+    place = ranking.places(x, axes, seed[0] != seed[0]).astype(jnp.uint32)
+    mixed = _mixed(_mixed(place ^ seed[0]) ^ seed[1])
+    return (mixed >> 8).astype(jnp.float32) * 2**-24
 
 
 def _mixed(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,13 +13,14 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8
 
 from .. import masks, norms
 from .._core import bits as packed, checks as check, sharding, trees
+from .._core.bits import Packed, mask_of
 from .._core.types import AxisName, Number, Schedule, Where
 
 NEVER = 2**31 - 1  # the age of a mask that has not been made yet
 _BITS = masks.Bits()
 
 Leaves = dict[str, Array]
-Masks = dict[str, Bool[Array, "..."]]
+Masks = Mapping[str, Bool[Array, "..."] | Packed]
 
 
 class SparsifyState(NamedTuple):
@@ -77,8 +79,12 @@ class Store:
 
     def held(self, state: SparsifyState, leaves: Leaves) -> Masks:
         """Returns the masks as they are stored."""
+        bits = state.mask_bits
         if self.stores:
-            return {p: unpack(state.mask_bits[p], x) for p, x in leaves.items()}
+            return {
+                p: bits[p] if bits[p].dtype == bool else Packed(bits[p], x.shape)
+                for p, x in leaves.items()
+            }
         shares = state.leaf_sparsity
         return {p: masks.nonzero(x) | (shares[p] == 0) for p, x in leaves.items()}
 
@@ -118,31 +124,29 @@ class Store:
             new, changed = make(self.held(state, leaves), other)
             bits, shares, total = measured(new, self.axis_name, self.storage)
             bits, shares = state.mask_bits | bits, state.leaf_sparsity | shares
-            return bits, shares, total, changed, jnp.ones([], bool)
+            return bits, shares, total, changed
 
         def hold():
             bits = state.mask_bits
             if not self.stores:
                 bits = {p: sharding.zeros(self.full, x) for p, x in leaves.items()}
-            shares, total = state.leaf_sparsity, state.total_sparsity
-            return bits, shares, total, other, jnp.zeros([], bool)
+            return bits, state.leaf_sparsity, state.total_sparsity, other
 
-        def look():
-            if not updates:
-                return search()
-            known = jnp.isfinite(norms.inf_norm(updates, axis_name=self.axis_name))
-            return jax.lax.cond(known, search, hold)
+        def known():
+            return jnp.isfinite(norms.inf_norm(updates, axis_name=self.axis_name))
 
-        bits, shares, total, changed, made = (
-            jax.lax.cond(due, look, hold) if leaves else hold()
-        )
+        made = due if leaves else jnp.zeros([], bool)
+        if updates:  # apart, so that only a number leaves the branch
+            made = jax.lax.cond(due, known, lambda: jnp.zeros([], bool))
+        result = jax.lax.cond(made, search, hold) if leaves else hold()
+        bits, shares, total, changed = result
 
         def read():
             now = {p: unpack(bits[p], x) for p, x in leaves.items()}
             if self.stores:
                 return now
             old = self.held(state, leaves)
-            return {p: jnp.where(made, now[p], old[p]) for p in leaves}
+            return {p: jnp.where(made, now[p], mask_of(old[p])) for p in leaves}
 
         after = state._replace(
             step=trees.next_step(state.step),
@@ -169,19 +173,21 @@ def is_due(state: SparsifyState, every: Number | Schedule) -> Bool[Array, ""]:
     return (state.mask_age == NEVER) | (state.mask_age >= steps.astype(jnp.int32))
 
 
-def hidden(leaf: Any, mask: Bool[Array, "..."]) -> Array:
+def hidden(leaf: Any, mask: Bool[Array, "..."] | Packed) -> Array:
     """Returns a leaf with zeros for what is not kept."""
-    return masks.apply(mask, leaf)
+    return masks.apply(mask_of(mask), leaf)
 
 
 def pack(
-    mask: Bool[Array, "..."], storage: masks.Storage = _BITS
+    mask: Bool[Array, "..."] | Packed, storage: masks.Storage = _BITS
 ) -> Bool[Array, "..."] | UInt8[Array, "..."]:
     """Packs a mask, unless booleans are wanted or a byte would lie on two devices."""
-    is_plain = isinstance(storage, masks.Booleans)
-    if is_plain or not sharding.has_whole_columns(mask, masks.BITS):
-        return mask
-    return packed.pack(mask)
+    if isinstance(storage, masks.Booleans):
+        return mask_of(mask)
+    if isinstance(mask, Packed):
+        return mask.bits
+    is_whole = sharding.has_whole_columns(mask, masks.BITS)
+    return packed.pack(mask) if is_whole else mask
 
 
 def unpack(bits: Array, param: Array) -> Bool[Array, "..."]:
@@ -205,8 +211,12 @@ def shares_of_zeros(
     """Returns the share of what is not kept in each leaf and in all; there are some."""
     zeros, size = {}, {}
     for path, mask in kept.items():
-        size[path] = mask.size * sharding.blocks(mask, axis_name)
-        dropped = size[path] - masks.count(mask, axis_name=axis_name)
-        zeros[path] = dropped.astype(jnp.float32)
+        if isinstance(mask, Packed) and mask.kept is not None:
+            size[path], number = math.prod(mask.shape), mask.kept
+        else:
+            mask = mask_of(mask)
+            size[path] = mask.size * sharding.blocks(mask, axis_name)
+            number = masks.count(mask, axis_name=axis_name)
+        zeros[path] = (size[path] - number).astype(jnp.float32)
     shares = {path: zeros[path] / float(size[path]) for path in kept}
     return shares, jnp.sum(jnp.stack(list(zeros.values()))) / float(sum(size.values()))

@@ -79,11 +79,6 @@ def exactly(wanted: Count, kept: Count, sizes: Sequence[int], floors: Count) -> 
     return counts.plus(kept, more) - less
 
 
-def integers(kept: Count) -> Int[Array, " arrays"]:
-    """Returns counts of single arrays as int32."""
-    return (kept.high << 16) + kept.low
-
-
 def checked(
     kept: Any, paths: Sequence[str], sizes: Sequence[int]
 ) -> Int[Array, " arrays"]:

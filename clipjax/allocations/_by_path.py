@@ -11,7 +11,7 @@ from .._core import checks as check
 from .._core.types import Number
 from ..selection import _counts as counts
 from ..selection._counts import Count
-from ._budget import Allocation, Scores, exactly, integers, kept_of, sizes_of
+from ._budget import Allocation, Scores, exactly, kept_of, sizes_of
 from ._compared import Grouping, Groups, apart, grouped
 from ._shapes import uniform
 
@@ -53,7 +53,7 @@ def by_path(function: SparsityByPath, *, floor: int = 1) -> Allocation:
             check.between(0, 1, **{f"the sparsity of {path!r}": own})
             sparsities.append(jnp.asarray(own).astype(jnp.float32))
         floors = [min(floor, size) for size in sizes]
-        return integers(kept_of(jnp.stack(sparsities), sizes, floors))
+        return kept_of(jnp.stack(sparsities), sizes, floors).to_integer()
 
     return allocation
 

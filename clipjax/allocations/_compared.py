@@ -27,7 +27,6 @@ from ._budget import (
     Scores,
     check_numbers,
     checked,
-    integers,
     kept_of,
     sizes_of,
     written,
@@ -109,7 +108,7 @@ def numbers(
     """Returns how many entries each array keeps, whatever the allocation."""
     own = grouped(allocation, paths, shapes, sparsity, scores, axis_name)
     if own.scores is None or len(set(own.groups)) == len(own.groups):
-        return integers(own.kept.at(np.asarray(own.groups, int)))
+        return own.kept.at(np.asarray(own.groups, int)).to_integer()
     marks = selection.select(
         own.scores, own.kept, own.groups, floors=own.floors, axis_name=axis_name
     )

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from .. import norms
 from .._core import checks as check, sharding, trees
 from .._core.types import AxisName
-from ..selection import _counts as counts
+from ..selection import _counts as counts, _reductions as passes
 from ..selection._counts import Count
 from ..selection._keys import Magnitude
 from ._budget import Allocation, kept_of
@@ -102,7 +102,7 @@ class _Scaled(NamedTuple):
         x = jnp.where(x > 0, jnp.minimum(x, 2), 0)  # NaN too becomes zero
         keys = lax.bitcast_convert_type(x, jnp.int32)
         here = [keys >= least for least in thresholds]
-        reach = counts.of(counts.passing(here))
+        reach = counts.of(passes.passing(here))
         mass = jnp.stack([jnp.sum(jnp.where(h, x * x, 0)) for h in here])
         if axes := sharding.axes_of(x, self.axis_name):
             reach = counts.normal(*lax.psum(tuple(reach), axes))

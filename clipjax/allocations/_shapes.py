@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 
 from .._core.types import Number
 from ..selection import _counts as counts
-from ._budget import Scores, check_numbers, exactly, integers, kept_of, sizes_of
+from ._budget import Scores, check_numbers, exactly, kept_of, sizes_of
 
 
 def uniform(
@@ -41,7 +41,7 @@ def uniform(
     del paths, scores
     check_numbers(sparsity, floor)
     sizes = sizes_of(shapes)
-    return integers(kept_of(sparsity, sizes, [min(floor, size) for size in sizes]))
+    return kept_of(sparsity, sizes, [min(floor, n) for n in sizes]).to_integer()
 
 
 def erdos_renyi(
@@ -143,4 +143,4 @@ def _proportional(
     shares = jnp.minimum(scale * ratios.astype(np.float32), 1)
     kept = counts.floor(shares * np.array(sizes, np.float32))
     floors = counts.of([min(floor, size) for size in sizes])
-    return integers(exactly(wanted, kept, sizes, floors))
+    return exactly(wanted, kept, sizes, floors).to_integer()

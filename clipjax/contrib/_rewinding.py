@@ -11,6 +11,7 @@ from jaxtyping import Array, Int, PyTree
 
 from .. import allocations, masks, patterns
 from .._core import checks as check, emit, sharding, trees
+from .._core.bits import mask_of
 from .._core.eager import compiled
 from .._core.types import AxisName, Number, Schedule, Where
 from .._sparsity._store import (
@@ -139,7 +140,7 @@ def rewinding(
         else:
             share = 1 - left**done
         return marks(
-            {p: jnp.where(old[p], jnp.abs(x), -1) for p, x in leaves.items()},
+            {p: jnp.where(mask_of(old[p]), jnp.abs(x), -1) for p, x in leaves.items()},
             leaves,
             jnp.clip(share, 0, 1),
             pattern=patterns.Unstructured(),

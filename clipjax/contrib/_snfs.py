@@ -12,13 +12,13 @@ from jaxtyping import Array, Float, Int
 
 from .. import allocations, masks, norms
 from .._core import checks as check, sharding, trees
+from .._core.bits import mask_of
 from .._core.types import AxisName, Number, Schedule, Where
 from .._sparsity._engine import masked
 from .._sparsity._moving import AtRandom, RandomKey, annealed, moved, part_of
 from .._sparsity._ranked import Now
 from .._sparsity._store import Leaves, Masks, Store, check_storage
 from ..allocations import Allocation
-from ..allocations._budget import integers
 from ..selection import _counts as counts
 from ..selection._counts import Count
 
@@ -142,20 +142,21 @@ class _Redistributing:
     def masks(self, now: Now, old: Masks) -> Masks:
         """Starts at random, then moves."""
         means = {p: now.memory[p] for p in now.params}
-        stay, added = self._numbers(now, old, means)
+        full = {p: mask_of(m) for p, m in old.items()}
+        stay, added = self._numbers(now, full, means)
         first = self.start.kept(now)
         kept = jnp.where(now.masks_made == 0, first, stay + added)
-        return moved(self.start, now, old, means, (stay, kept))
+        return moved(self.start, now, old, means, stay, kept)
 
     def _numbers(
-        self, now: Now, old: Masks, means: Leaves
+        self, now: Now, old: Leaves, means: Leaves
     ) -> tuple[Int[Array, " arrays"], Int[Array, " arrays"]]:
         """Returns how many connections every layer keeps, and how many it grows."""
         axis_name = self.start.axis_name
         sizes = [m.size * sharding.blocks(m, axis_name) for m in old.values()]
         number = jnp.stack([masks.count(m, axis_name=axis_name) for m in old.values()])
         dropped = part_of(counts.of(number), trees.value_at(self.fraction, now.step))
-        dropped = jnp.minimum(integers(dropped), number - 1)  # one stays in each
+        dropped = jnp.minimum(dropped.to_integer(), number - 1)  # one stays in each
         total = counts.total(counts.of(dropped))
         inside = _sums(means, old, axis_name) / jnp.maximum(number, 1).astype(
             jnp.float32
@@ -164,10 +165,10 @@ class _Redistributing:
         shares = jnp.where(jnp.sum(inside) > 0, inside / jnp.sum(inside), parts)
         stay = number - dropped
         added = redistributed(total, shares, counts.of(sizes) - counts.of(stay), sizes)
-        return stay, integers(added)
+        return stay, added.to_integer()
 
 
-def _sums(means: Leaves, kept: Masks, axis_name: AxisName) -> Float[Array, " arrays"]:
+def _sums(means: Leaves, kept: Leaves, axis_name: AxisName) -> Float[Array, " arrays"]:
     """Returns of every array the sum of |M| over what the mask keeps, up to one scale.
 
     The largest of all is one, so that no sum overflows.

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .. import masks
 from .._core import checks as check, sharding, trees
+from .._core.bits import mask_of
 from .._core.types import AxisName, Number, Schedule
 from .._sparsity._ranked import check_score, check_sees_gradients, scored
 from .._sparsity._store import (
@@ -197,7 +198,7 @@ class Masking:
     def _selected(
         self, scored: Scores, weights: Leaves, share: Float[Array, ""]
     ) -> Leaves:
-        return marks(
+        found = marks(
             scored,
             weights,
             share,
@@ -205,6 +206,7 @@ class Masking:
             allocation=self.allocation,
             axis_name=self.axis_name,
         )
+        return {path: mask_of(mask) for path, mask in found.items()}
 
     def _favoring(self, kept: Leaves, scored: Scores, step: Int[Array, ""]) -> Scores:
         """Raises the scores of what is kept, by the ratio of the two thresholds."""

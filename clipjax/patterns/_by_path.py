@@ -9,7 +9,7 @@ from jaxtyping import Array
 from .._core.types import AxisName, Number
 from ..allocations import Allocation
 from ..allocations._budget import Scores, written
-from ._pattern import Masks, Pattern
+from ._pattern import PackedMasks, Pattern, packed_best
 from ._unstructured import Unstructured
 
 PatternByPath = Callable[[str, Array], Pattern]
@@ -24,11 +24,11 @@ def marks(
     pattern: Pattern | PatternByPath,
     allocation: Allocation,
     axis_name: AxisName = None,
-) -> Masks:
+) -> PackedMasks:
     """Marks what stays in each leaf, by path.
 
     The leaves of one pattern share the sparsity among themselves: each pattern meets
-    it by itself.
+    it by itself.  Masks come as bits where that is how they were made.
 
     Args:
         scores: of every leaf, the highest to keep, or `scores.Magnitude` of it.
@@ -48,10 +48,11 @@ def marks(
         ...     if path == "a"
         ...     else clipjax.patterns.Unstructured()
         ... )
-        >>> marks(
+        >>> found = marks(
         ...     scores, scores, 0.5, pattern=own, allocation=clipjax.allocations.uniform
         ... )
-        {'a': Array([ True,  True], dtype=bool), 'b': Array([False,  True], dtype=bool)}
+        >>> found["a"], int(found["b"].kept)
+        (Array([ True,  True], dtype=bool), 1)
     """
     groups: list[tuple[Pattern, dict[str, Scores]]] = []
     for path, score in scores.items():
@@ -68,5 +69,6 @@ def marks(
         next(same for known, same in groups if known == own)[path] = score
     result = {}
     for own, same in groups:
-        result |= own.masks(same, sparsity, allocation=allocation, axis_name=axis_name)
+        make = packed_best if type(own) is Unstructured else own.masks
+        result |= make(same, sparsity, allocation=allocation, axis_name=axis_name)
     return {path: result[path] for path in scores}

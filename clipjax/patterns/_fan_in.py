@@ -139,7 +139,8 @@ def _halved(
 
 def _ahead(key: Int[Array, "..."], value: Array, place: Array) -> Bool[Array, "..."]:
     """Marks what is above a value, and what is equal to it and before a place."""
-    return (key > value) | ((key == value) & (ranking.places(key, None) < place))
+    before = ranking.places(key, None, jnp.zeros([], bool)) < place
+    return (key > value) | ((key == value) & before)
 
 
 def _count(marked: Bool[Array, "..."], axis: int) -> Int[Array, "..."]:

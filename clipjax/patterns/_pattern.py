@@ -7,16 +7,19 @@ from typing import Protocol, runtime_checkable
 
 from jaxtyping import Array, Bool
 
-from .. import selection
 from .._core import sharding
+from .._core.bits import Packed, mask_of
 from .._core.types import AxisName, Number
 from ..allocations import Allocation
 from ..allocations._budget import Scores
 from ..allocations._compared import grouped
 from ..selection._keys import Magnitude
+from ..selection._select import selected
 
 Masks = dict[str, Bool[Array, "..."]]
 """Of every leaf, by path, what stays."""
+
+PackedMasks = dict[str, Bool[Array, "..."] | Packed]
 
 
 @runtime_checkable
@@ -43,12 +46,24 @@ def best(
     axis_name: AxisName,
 ) -> Masks:
     """Marks the highest scores, as many as the allocation says."""
+    found = packed_best(scores, sparsity, allocation=allocation, axis_name=axis_name)
+    return {path: mask_of(mask) for path, mask in found.items()}
+
+
+def packed_best(
+    scores: Mapping[str, Scores],
+    sparsity: Number,
+    *,
+    allocation: Allocation,
+    axis_name: AxisName,
+) -> PackedMasks:
+    """Does as `best`, and leaves masks as they were made: as bits, where it can."""
     if not scores:
         return {}
     paths, arrays = list(scores), list(scores.values())
     shapes = whole_shapes(arrays, axis_name)
     own = grouped(allocation, paths, shapes, sparsity, arrays, axis_name)
-    marks = selection.select(
+    marks = selected(
         own.scores or (), own.kept, own.groups, floors=own.floors, axis_name=axis_name
     )
     return dict(zip(paths, marks, strict=True))

@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt
+from jax import lax
+from jaxtyping import Array, Float, Int, UInt
 
-from .._core import sharding
 from .._core.types import Number
-from . import _reductions as passes
 
 _WORD = 1 << 16
 _DECIMALS = 10**7  # as fine as float32 is near one
@@ -44,6 +43,10 @@ class Count(NamedTuple):
     def equals(self, other: "Count") -> Array:
         """Compares."""
         return (self.high == other.high) & (self.low == other.low)
+
+    def to_integer(self) -> Int[Array, "..."]:
+        """Returns an int32, in which the count of one array fits."""
+        return (self.high << 16) + self.low
 
     def to_float(self, dtype: type = jnp.float32) -> Float[Array, "..."]:
         """Rounds to a float."""
@@ -151,16 +154,26 @@ def zeros_of(
     decimal that was meant, it keeps 1,000,000.
     """
     parts = _decimals(jnp.asarray(sparsity).astype(jnp.float32))
-    words = np.divmod(np.asarray(size, np.int64), _DECIMALS)
-    whole, rest = (jnp.asarray(word, jnp.uint32) for word in words)
-    result, remainder = of(0), jnp.uint32(0)
-    for shift in (21, 14, 7, 0):  # long division, seven bits at a time
-        digits = (parts >> shift) & 127
-        numerator = remainder * jnp.uint32(128) + digits * rest
-        remainder = numerator % _DECIMALS
-        step = of(digits * whole + numerator // _DECIMALS)
-        result = normal(result.high * 128 + step.high, result.low * 128 + step.low)
-    return normal(result.high, result.low + (remainder > 0).astype(jnp.int32))
+    whole, rest = np.divmod(np.asarray(size, np.int64), _DECIMALS)
+    # ⌈parts·rest / 10⁷⌉ as a float is off by less than three, which what is left of the
+    # product tells; that is small, and so exact although the products overflow.
+    ratio = (rest / _DECIMALS).astype(np.float32)
+    guess = (parts.astype(jnp.float32) * ratio).astype(jnp.uint32)
+    left = parts * rest.astype(np.uint32) - guess * jnp.uint32(_DECIMALS)
+    left = lax.bitcast_convert_type(left, jnp.int32)
+    above = sum((left > n * _DECIMALS).astype(jnp.int32) for n in (0, 1, 2))
+    below = sum((left <= -n * _DECIMALS).astype(jnp.int32) for n in (1, 2))
+    result = of(guess)
+    # parts·whole: each has up to 24 bits, twelve of which are multiplied at a time.
+    first, second = parts >> 12, parts & 4095
+    third, fourth = (jnp.asarray(x, jnp.uint32) for x in np.divmod(whole, 4096))
+    middle = first * fourth + second * third
+    high = (first * third << 8) + (middle >> 4)
+    low = ((middle & 15) << 12) + second * fourth
+    return normal(
+        result.high + high.astype(jnp.int32),
+        result.low + low.astype(jnp.int32) + above - below,
+    )
 
 
 def _decimals(share: Float[Array, "..."]) -> UInt[Array, "..."]:
@@ -175,21 +188,3 @@ def _decimals(share: Float[Array, "..."]) -> UInt[Array, "..."]:
         digits = bits >> shift if shift == 21 else (bits >> shift) & 127
         result = (result >> 7) + digits * jnp.uint32(_DECIMALS)
     return (result + 64) >> 7
-
-
-def passing(conditions: Sequence[Bool[Array, "..."]]) -> UInt[Array, " n"]:
-    """Counts in one pass over memory how many entries meet each condition.
-
-    On a mesh XLA would gather the partial results of a reduction of several operands;
-    there, sums become one all-reduce.
-    """
-    ones = [condition.astype(jnp.uint32) for condition in conditions]
-    if sharding.is_partitioned(ones[0]):
-        return jnp.stack([jnp.sum(x, dtype=x.dtype) for x in ones])
-    operands = ones if len(ones) > 1 else [*ones, 1 - ones[0]]  # two are faster
-
-    def add(left, right):
-        return tuple(a + b for a, b in zip(left, right, strict=True))
-
-    start = (np.uint32(0),) * len(operands)
-    return jnp.stack(passes.reduce(operands, start, add)[: len(ones)])

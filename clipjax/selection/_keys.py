@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from .._core import sharding
 from .._core.types import AxisName
-from . import _counts as counts, _reductions as passes
+from . import _reductions as passes
 
 _MOST = 2**31 - 2  # entries of one array, so that places fit an int32
 
@@ -97,17 +97,16 @@ def value_of(key: Int[Array, ""]) -> Float[Array, ""]:
     return jnp.where(key < 0, -value, value)
 
 
-def places(
-    x: Array, axis_name: AxisName, zero: Int[Array, ""] | int = 0
-) -> Int[Array, "..."]:
+def places(x: Array, axis_name: AxisName, zero: Array) -> Int[Array, "..."]:
     """Numbers the entries in the order of their indices, device after device.
 
     Args:
         x: the array.
         axis_name: inside `jax.shard_map`, the mesh axes over which it is split.
-        zero: a traced one keeps XLA from numbering once, before a loop of passes.
+        zero: a condition that does not hold, but for all that XLA knows might from some
+            pass on; else it would number once, before all passes, and write that.
     """
-    device = jnp.asarray(zero, jnp.int32)
+    device = zero.astype(jnp.int32)
     for name in sharding.axes_of(x, axis_name):
         device = device * lax.axis_size(name) + lax.axis_index(name)
     place = jnp.broadcast_to(device, x.shape)
@@ -130,24 +129,18 @@ def reached(
     split: dict[tuple[str, ...], list[int]] = {}
     for i in range(len(these.sizes)):
         keys = these.keys(i, thresholds)
-        keys = keys if tie is None else _by_place(these, i, keys, tie[i])
-        numbers[i] = counts.passing([keys >= least for least in thresholds[i]])
+        if tie is not None:  # the least integer if no key is tied
+            none = tie[i] == jnp.iinfo(keys.dtype).min
+            rank = these.sizes[i] - 1 - places(keys, these.axis_name, none)
+            rank = jnp.where(keys == tie[i], rank.astype(keys.dtype), -1)
+            keys = jnp.where(none, keys, rank)
+        numbers[i] = passes.passing([keys >= least for least in thresholds[i]])
         split.setdefault(sharding.axes_of(keys, these.axis_name), []).append(i)
     for axes, own in split.items():  # one collective for all arrays
         if axes:
             summed = lax.psum(jnp.stack([numbers[i] for i in own]), axes)
             numbers |= dict(zip(own, summed, strict=True))
-    return jnp.stack([numbers[i] for i in range(len(numbers))]).astype(jnp.int32)
-
-
-def _by_place(
-    these: Candidates, i: int, keys: Int[Array, "..."], tie: Int[Array, ""]
-) -> Int[Array, "..."]:
-    """Ranks those with one key by their place, unless that is the least integer."""
-    zero, _ = lax.optimization_barrier((jnp.int32(0), tie))
-    rank = these.sizes[i] - 1 - places(keys, these.axis_name, zero)
-    rank = jnp.where(keys == tie, rank.astype(keys.dtype), -1)
-    return jnp.where(tie == jnp.iinfo(keys.dtype).min, keys, rank)
+    return jnp.stack([numbers[i] for i in range(len(numbers))]).astype(these.dtype)
 
 
 def least_from(these: Candidates, low: Int[Array, " arrays"]) -> Int[Array, " arrays"]:
@@ -173,13 +166,20 @@ def _least_from(
     return sharding.over(lax.pmin, least, keys, these.axis_name)
 
 
-def sample(these: Candidates, members: Sequence[int], stride: int) -> Int[Array, " n"]:
-    """Returns every `stride`-th key of some arrays, or about that."""
-    parts = [jnp.zeros(1, these.dtype)]
-    for i in members:
-        keys, left, steps = these.keys(i, jnp.zeros([])), stride, []
-        for length in keys.shape:  # whole rows, as far as possible
-            steps.append(slice(None, None, max(min(left, length), 1)))
-            left //= max(min(left, length), 1)
-        parts.append(keys[tuple(steps)].reshape(-1))
+def sample(these: Candidates, members: Sequence[int], size: int) -> Int[Array, " n"]:
+    """Returns so many keys of some arrays together, of each its share."""
+    members = [i for i in members if these.sizes[i]]
+    if not members:
+        return jnp.zeros(size, these.dtype)
+    ends = np.cumsum([these.sizes[i] for i in members])
+    ends = ends * size // ends[-1]
+    parts = []
+    for i, number in zip(members, np.diff(ends, prepend=0).tolist(), strict=True):
+        own, most = these.scores[i], these.sizes[i]
+        # An odd step visits all columns of a matrix with a power of two of them.
+        step = max((most // max(number, 1) - 1) | 1, 1)
+        x = array_of(own).reshape(-1)
+        x = x[: number * step : step] if number <= most else jnp.resize(x, number)
+        key = magnitude_key if isinstance(own, Magnitude) else key_of
+        parts.append(key(x, these.dtype))
     return jnp.concatenate(parts)

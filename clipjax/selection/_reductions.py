@@ -10,8 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array
+from jaxtyping import Array, Bool, UInt
 
 from .._core import sharding
 
@@ -69,3 +71,21 @@ def _in_rows(x: Array) -> tuple[Array, tuple[int, ...]]:
             if size % length == 0:
                 return x.reshape(-1, length), (1,)
     return x, tuple(range(len(shape)))
+
+
+def passing(conditions: Sequence[Bool[Array, "..."]]) -> UInt[Array, " n"]:
+    """Counts in one pass over memory how many entries meet each condition.
+
+    On a mesh XLA would gather the partial results of a reduction of several operands;
+    there, sums become one all-reduce.
+    """
+    ones = [condition.astype(jnp.uint32) for condition in conditions]
+    if sharding.is_partitioned(ones[0]):
+        return jnp.stack([jnp.sum(x, dtype=x.dtype) for x in ones])
+    operands = ones if len(ones) > 1 else [*ones, 1 - ones[0]]  # two are faster
+
+    def add(left, right):
+        return tuple(a + b for a, b in zip(left, right, strict=True))
+
+    start = (np.uint32(0),) * len(operands)
+    return jnp.stack(reduce(operands, start, add)[: len(ones)])

@@ -7,13 +7,13 @@ on by itself: values first, and where more entries are equal than are kept, plac
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from .._core import sharding
 from . import _counts as counts, _keys as ranking
@@ -27,6 +27,7 @@ _SAMPLE = 1 << 13  # of a group, sorted in a tenth of the time of one pass over 
 _UNKNOWN = -1
 
 Numbers = Int[Array, " arrays"]
+Thresholds = Int[Array, "arrays n"]
 
 
 class Bracket(NamedTuple):
@@ -38,7 +39,6 @@ class Bracket(NamedTuple):
     reach_high: Numbers  # how many entries reach `high`: fewer
     kept: Numbers  # unknown as long as the group is searched as a whole
     tie: Numbers  # the key whose entries are ranked by place; the least integer: none
-    thresholds: Int[Array, "arrays n"]  # where to count next, between low and high
 
 
 class Task(NamedTuple):
@@ -55,11 +55,6 @@ class Task(NamedTuple):
         """Tells whether any arrays are of one group."""
         return len(set(self.groups)) < len(self.groups)
 
-    @property
-    def sizes(self) -> Numbers:
-        """Returns the entries of each array."""
-        return jnp.asarray(self.these.sizes, jnp.int32)
-
 
 class Ends(NamedTuple):
     """From which key on entries are marked; of that key, those before a place."""
@@ -71,127 +66,130 @@ class Ends(NamedTuple):
 def search(task: Task) -> Ends:
     """Returns where the highest entries of each array end."""
 
-    def unfinished(bracket):
-        exact = bracket.reach_low == bracket.kept
-        return jnp.any(~exact & (bracket.low < bracket.high - 1))
+    def unfinished(carry):
+        now = Bracket(*carry[0])
+        return jnp.any((now.reach_low != now.kept) & (now.low < now.high - 1))
 
-    def narrow(bracket):
-        return _narrowed(task, bracket)
+    def narrow(carry):
+        return _narrowed(task, Bracket(*carry[0]), carry[1])
 
-    start = _start(task)
+    dtype = task.these.dtype
+    sizes = np.asarray(task.these.sizes, dtype)
+    end, none = int(np.iinfo(dtype).max), task.kept.equals(counts.of(0))
+    kept = jnp.full(len(sizes), _UNKNOWN) if task.competes else task.kept.to_integer()
+    start = Bracket(
+        low=jnp.where(none, end, -end),
+        high=jnp.full(len(sizes), end),
+        reach_low=jnp.where(none, 0, sizes),
+        reach_high=jnp.zeros(len(sizes)),
+        kept=kept,
+        tie=jnp.full(len(sizes), -end - 1),
+    )
+    carry = _packed(start, dtype), _first_thresholds(task)
     if sharding.inside_shard_map():
         # Arrays may differ over devices on which they are ranked one by one.
-        kinds = jax.eval_shape(narrow, start)
-        start = jax.tree.map(sharding.varying_as, start, kinds)
+        kinds = jax.eval_shape(narrow, carry)
+        carry = jax.tree.map(sharding.varying_as, carry, kinds)
     # The thresholds are carried: computed where they are used, XLA would compute
     # them once an entry.
-    end = lax.while_loop(unfinished, narrow, start)
-    tied = end.tie != jnp.iinfo(task.these.dtype).min
-    return Ends(
-        jnp.where(tied, end.tie, end.low),
-        jnp.where(tied, task.sizes - end.low.astype(jnp.int32), task.sizes),
-    )
+    last = Bracket(*lax.while_loop(unfinished, narrow, carry)[0])
+    tied = last.tie != -end - 1
+    place = jnp.where(tied, sizes - last.low, sizes).astype(jnp.int32)
+    return Ends(jnp.where(tied, last.tie, last.low), place)
 
 
-def _start(task: Task) -> Bracket:
-    dtype = task.these.dtype
-    end, none = jnp.iinfo(dtype).max, task.kept.equals(counts.of(0))
-    kept = _integer(task.kept)
-    return Bracket(
-        low=jnp.where(none, end, -end).astype(dtype),
-        high=jnp.full_like(kept, end, dtype),
-        reach_low=jnp.where(none, 0, task.sizes),
-        reach_high=jnp.zeros_like(kept),
-        kept=jnp.full_like(kept, _UNKNOWN) if task.competes else kept,
-        tie=jnp.full_like(kept, -end - 1, dtype),
-        thresholds=_first_thresholds(task),
-    )
+def _packed(bracket: Bracket, dtype: type) -> Int[Array, "fields arrays"]:
+    """Returns a bracket as one array, which takes one kernel to write."""
+    return jnp.stack([field.astype(dtype) for field in bracket])
 
 
-def _first_thresholds(task: Task) -> Int[Array, "arrays n"]:
+def _first_thresholds(task: Task) -> Thresholds:
     """Places the first thresholds: by a sample, or where most parameters lie."""
-    these = task.these
-    sizes = dict.fromkeys(task.groups, 0)
-    for group, size in zip(task.groups, these.sizes, strict=True):
-        sizes[group] += size
-    if these.is_split() or max(sizes.values()) <= 8 * _SAMPLE:
+    these, groups = task.these, np.asarray(task.groups)
+    names, first, own = np.unique(groups, return_index=True, return_inverse=True)
+    totals = np.bincount(own, these.sizes)
+    if these.is_split() or max(totals) <= 8 * _SAMPLE:
         thresholds = ranking.key_of(jnp.asarray(_FIRST, jnp.float32), these.dtype)
-        return jnp.broadcast_to(thresholds, (len(task.groups), _THRESHOLDS))
-    found = {}
-    for group, size in sizes.items():
-        members = [i for i, other in enumerate(task.groups) if other == group]
-        sample = ranking.sample(these, members, max(size // _SAMPLE, 1))
-        share = task.kept.at(members[0]).to_float() / float(max(size, 1))
-        found[group] = _quantiles(sample, share)
-    return jnp.stack([found[group] for group in task.groups])
+        return jnp.broadcast_to(thresholds, (len(groups), _THRESHOLDS))
+    members = [np.flatnonzero(groups == name).tolist() for name in names]
+    samples = [ranking.sample(these, each, _SAMPLE) for each in members]
+    # About the share of a sample that all entries have, give or take its scatter.
+    kept = task.kept.at(first) if task.competes else task.kept
+    share = kept.to_float() / np.maximum(totals, 1).astype(np.float32)
+    share = jnp.broadcast_to(share[:, None], (len(names), _THRESHOLDS))
+    error = jnp.sqrt(_SAMPLE * share * (1 - share))
+    place = _SAMPLE * (1 - share) + error * np.asarray([_SPREAD], np.float32)
+    place = jnp.clip(place, 0, _SAMPLE - 1).astype(jnp.int32)
+    ranked = jnp.sort(jnp.stack(samples), axis=1)
+    found = jnp.take_along_axis(ranked, place, axis=1, mode="promise_in_bounds")
+    return found[own] if task.competes else found
 
 
-def _quantiles(sample: Int[Array, " n"], share: Array) -> Int[Array, " thresholds"]:
-    """Returns the keys of a sample that about this share of all entries reaches."""
-    share = jnp.clip(share, 0, 1)
-    error = jnp.sqrt(len(sample) * share * (1 - share))
-    place = len(sample) * (1 - share) + error * jnp.asarray(_SPREAD, jnp.float32)
-    place = jnp.clip(place, 0, len(sample) - 1).astype(jnp.int32)
-    return jnp.sort(sample)[place]
-
-
-def _narrowed(task: Task, old: Bracket) -> Bracket:
+def _narrowed(
+    task: Task, old: Bracket, thresholds: Thresholds
+) -> tuple[Int[Array, "fields arrays"], Thresholds]:
     """Counts once, and returns the part of each bracket in which the answer lies."""
+    dtype = task.these.dtype
     tie = old.tie if task.by_place else None
-    reach = ranking.reached(task.these, old.thresholds, tie)
+    reach = ranking.reached(task.these, thresholds, tie)
     enough = reach >= old.kept[:, None]
     if task.competes:
         together = _sums(task, reach).at_least(task.kept.at((slice(None), None)))
         enough = jnp.where((old.kept == _UNKNOWN)[:, None], together, enough)
-    low, reach_low = old.low[:, None], old.reach_low[:, None]
-    high, reach_high = old.high[:, None], old.reach_high[:, None]
-    new = old._replace(
-        low=jnp.max(jnp.where(enough, jnp.maximum(old.thresholds, low), low), 1),
-        high=jnp.min(jnp.where(enough, high, jnp.minimum(old.thresholds, high)), 1),
-        reach_low=jnp.min(jnp.where(enough, reach, reach_low), 1),
-        reach_high=jnp.max(jnp.where(enough, reach_high, reach), 1),
-    )
-    new, entries, above = _divided(task, new) if task.competes else _counted(task, new)
+    low, high, reach_low, reach_high = (bound[:, None] for bound in old[:4])
+    bounds = [  # the last threshold that enough entries reach, the first that too few
+        jnp.where(enough, jnp.maximum(thresholds, low), low),
+        -jnp.where(enough, high, jnp.minimum(thresholds, high)),
+        -jnp.where(enough, reach, reach_low),
+        jnp.where(enough, reach_high, reach),
+    ]
+    low, high, reach_low, reach_high = jnp.max(jnp.stack(bounds), axis=2)
+    new = Bracket(low, -high, -reach_low, reach_high, old.kept, old.tie)
+    wide = jnp.float64 if dtype == jnp.int64 else jnp.float32
+    if task.competes:
+        new, entries, above = _divided(task, new, wide)
+    else:
+        entries = (new.reach_low - new.reach_high).astype(wide)
+        above = (new.reach_low - new.kept).astype(wide)
     new = _with_places(task, new) if task.by_place else new
     # Halved before they are subtracted: the first bracket is wider than an integer.
-    is_narrow = new.high // 2 - new.low // 2 <= (old.high // 2 - old.low // 2) // 4
-    return new._replace(thresholds=_thresholds(new, entries, above, is_narrow))
+    widths = [(each.high >> 1) - (each.low >> 1) for each in (new, old)]
+    is_narrow = widths[0] <= widths[1] >> 2
+    return _packed(new, dtype), _thresholds(new, entries, above, is_narrow)
 
 
-def _counted(task: Task, new: Bracket) -> tuple[Bracket, Array, Array]:
-    """Also returns the entries in a bracket, and by how many too many reach its low."""
-    dtype = _float(task)
-    entries = (new.reach_low - new.reach_high).astype(dtype)
-    return new, entries, (new.reach_low - new.kept).astype(dtype)
+def _divided(
+    task: Task, new: Bracket, wide: type
+) -> tuple[Bracket, Float[Array, " arrays"], Float[Array, " arrays"]]:
+    """Tells each array what it keeps, once its group has an end.
 
-
-def _divided(task: Task, new: Bracket) -> tuple[Bracket, Array, Array]:
-    """Does so too, and tells each array what it keeps, once its group has an end.
-
-    The first arrays of a group mark all of the ties that they can.
+    The first arrays of a group mark all of the ties that they can.  Also returned are
+    the entries in a bracket, and by how many too many reach its low.
     """
     most, least = _sums(task, new.reach_low), _sums(task, new.reach_high)
     is_open = new.kept == _UNKNOWN
     found = is_open & (most.equals(task.kept) | (new.high - 1 <= new.low))
-    floored = jnp.maximum(new.reach_high, task.floors)
-    room = counts.of(jnp.maximum(new.reach_low, task.floors) - floored)
-    ties = counts.filled(task.kept - least, room, groups=task.groups)
-    kept = jnp.where(found, floored + _integer(ties), new.kept)
+    floors = task.floors.astype(new.low.dtype)
+    floored = jnp.maximum(new.reach_high, floors)
+    room = counts.of(jnp.maximum(new.reach_low, floors) - floored)
+    ties = counts.filled(task.kept - least, room, groups=task.groups).to_integer()
+    kept = jnp.where(found, floored + ties.astype(floored.dtype), new.kept)
     none, more = found & (kept == new.reach_high), found & (kept > new.reach_low)
-    end = jnp.iinfo(new.low.dtype).max
+    end, sizes = int(np.iinfo(kept.dtype).max), np.asarray(task.these.sizes, kept.dtype)
+    reach_low = jnp.where(more, sizes, new.reach_low)
     own = new._replace(  # a floor is searched for below, by the array itself
         low=jnp.where(none, new.high, jnp.where(more, -end, new.low)),
         high=jnp.where(more, new.low, new.high),
-        reach_low=jnp.where(
-            none, new.reach_high, jnp.where(more, task.sizes, new.reach_low)
-        ),
+        reach_low=jnp.where(none, new.reach_high, reach_low),
         reach_high=jnp.where(more, new.reach_low, new.reach_high),
         kept=kept,
     )
-    own, entries, above = _counted(task, own)
-    entries = jnp.where(is_open, (most - least).to_float(entries.dtype.type), entries)
-    above = jnp.where(is_open, (most - task.kept).to_float(above.dtype.type), above)
-    return own, entries, above
+    entries, above = own.reach_low - own.reach_high, own.reach_low - own.kept
+    return (
+        own,
+        jnp.where(is_open, (most - least).to_float(wide), entries.astype(wide)),
+        jnp.where(is_open, (most - task.kept).to_float(wide), above.astype(wide)),
+    )
 
 
 def _with_places(task: Task, old: Bracket) -> Bracket:
@@ -199,58 +197,59 @@ def _with_places(task: Task, old: Bracket) -> Bracket:
     none = jnp.iinfo(old.tie.dtype).min
     tied = (old.tie == none) & (old.high - 1 <= old.low)
     tied &= (old.kept != _UNKNOWN) & (old.reach_low > old.kept)
+    sizes = np.asarray(task.these.sizes, old.high.dtype)
     return Bracket(
         low=jnp.where(tied, 0, old.low),
-        high=jnp.where(tied, task.sizes.astype(old.high.dtype), old.high),
+        high=jnp.where(tied, sizes, old.high),
         reach_low=jnp.where(tied, old.reach_low - old.reach_high, old.reach_low),
         reach_high=jnp.where(tied, 0, old.reach_high),
         kept=jnp.where(tied, old.kept - old.reach_high, old.kept),
         tie=jnp.where(tied, old.low, old.tie),
-        thresholds=old.thresholds,
     )
 
 
 def _thresholds(
-    bracket: Bracket, entries: Array, above: Array, is_narrow: Bool[Array, " arrays"]
-) -> Int[Array, "arrays n"]:
+    bracket: Bracket,
+    entries: Float[Array, " arrays"],
+    above: Float[Array, " arrays"],
+    is_narrow: Bool[Array, " arrays"],
+) -> Thresholds:
     """Places the next thresholds: about where the answer is, or evenly.
 
     Within a few octaves the counts are nearly linear in the key.  The answer is then
     off by the scatter of a sample and by the curvature of the distribution.
     """
-    low, high, dtype = bracket.low, bracket.high, entries.dtype
+    # All of it for every threshold, or each row would be computed in its own kernel.
+    shape = (len(entries), _THRESHOLDS)
+    low, high, entries, above, is_narrow = (
+        jnp.broadcast_to(row[:, None], shape)
+        for row in (bracket.low, bracket.high, entries, above, is_narrow)
+    )
+    dtype = entries.dtype
     octave, end = 1 << (52 if dtype == jnp.float64 else 23), jnp.iinfo(low.dtype).max
-    is_wide = high // 2 - low // 2 >= end // 2
+    is_wide = (high >> 1) - (low >> 1) >= end // 2
     width = jnp.where(is_wide, end, high - low)  # would overflow
     fifth = np.arange(1, _THRESHOLDS + 1, dtype=low.dtype)[None]
-    fifths = (width // (_THRESHOLDS + 1))[:, None] * fifth
+    fifths = lax.div(width, jnp.full_like(width, _THRESHOLDS + 1)) * fifth
     entries = jnp.maximum(entries, 1)
     share = (above + 0.5) / entries
     span = width.astype(dtype)
     scatter = jnp.sqrt(jnp.maximum(share * (1 - share), 1 / entries) / entries)
     curvature = jnp.minimum(span / octave, 1) / 8
     error = jnp.maximum(span * (scatter + curvature), 1)
-    spread = np.asarray(_SPREAD, dtype)[None]
-    guesses = (share * span)[:, None] + error[:, None] * spread
-    guesses = jnp.clip(guesses, 0, span[:, None]).astype(low.dtype)
+    guesses = share * span + error * np.asarray([_SPREAD], dtype)
+    guesses = jnp.clip(guesses, 0, span).astype(low.dtype)
     linear = is_narrow & (width < 4 * octave)
-    places = low[:, None] + jnp.where(linear[:, None], guesses, fifths)
-    return jnp.clip(places, low[:, None] + 1, high[:, None] - 1)
-
-
-def _float(task: Task) -> Any:
-    return jnp.float64 if task.these.dtype == jnp.int64 else jnp.float32
+    places = low + jnp.where(linear, guesses, fifths)
+    return jnp.clip(places, low + 1, high - 1)
 
 
 def _sums(task: Task, numbers: Int[Array, "arrays ..."]) -> Count:
     """Returns for every array the sum over its group, floors taken for granted."""
     alone = [1] * (numbers.ndim - 1)
-    words = counts.of(jnp.maximum(numbers, task.floors.reshape(-1, *alone)))
+    floors = task.floors.astype(numbers.dtype).reshape(-1, *alone)
+    words = counts.of(jnp.maximum(numbers, floors))
     same = np.equal.outer(task.groups, task.groups)
     same = same.reshape(*same.shape, *alone)
     spread = Count(*(jnp.where(same, word[None], 0) for word in words))
     return counts.total(spread, axis=1)
-
-
-def _integer(count: Count) -> Int[Array, "..."]:
-    return (count.high << 16) + count.low

@@ -1,9 +1,16 @@
-"""Marking the k largest, and finding the k-th."""
+"""Marking the k largest, and finding the k-th.
+
+Arrays that nothing can have split are marked in turns: those of one type one after the
+other, those of different types side by side.  So the search is compiled once for all,
+and one array of a type is copied at a time.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +18,15 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .._core import sharding
+from .._core import bits, sharding
+from .._core.bits import Packed
 from .._core.types import AxisName
 from . import _counts as counts, _keys as ranking, _search as search
 from ._counts import Count
 from ._keys import Candidates, Magnitude
-from ._turns import in_turns
+
+Marks = list[Bool[Array, "..."]]
+Marking = Callable[[list[Any], Int[Array, " types"], PyTree], Marks]
 
 
 def kth_largest(
@@ -103,10 +113,24 @@ def select(
         >>> clipjax.selection.select(scores, jnp.array([2]), groups=[0, 0])
         [Array([ True, False], dtype=bool), Array([ True, False], dtype=bool)]
     """
-    names = sharding.axis_names(axis_name)
-    kept = counts.of(kept)
+    found = selected(scores, kept, groups, floors=floors, axis_name=axis_name)
+    return [bits.mask_of(mask) for mask in found]
+
+
+def selected(
+    scores: Sequence[Float[Array, "..."] | Magnitude],
+    kept: Int[Array, " groups"] | Count,
+    groups: Sequence[int],
+    *,
+    floors: Sequence[int] = (),
+    axis_name: AxisName = None,
+) -> list[Bool[Array, "..."] | Packed]:
+    """Returns what `select` does, as it was made: as bits where nothing is split."""
+    if not scores:
+        return []
     groups, floors = tuple(map(int, groups)), tuple(map(int, floors))
-    return _selected(list(scores), kept, groups, floors, names) if scores else []
+    axes = sharding.axis_names(axis_name)
+    return _selected(list(scores), counts.of(kept), groups, floors, axes)
 
 
 # Compiled, or an eager call would write every step of a search to memory, and traced
@@ -130,24 +154,26 @@ def _selected(
     groups: tuple[int, ...],
     floors: tuple[int, ...],
     axes: tuple[str, ...],
-) -> list[Bool[Array, "..."]]:
+) -> list[Bool[Array, "..."]] | list[Packed]:
     these = ranking.candidates(scores, axes)
     task = _task(these, kept, groups, floors)
     if task.competes or these.is_split():
-        return _marks(these, search.search(task))
+        return _marks(task)
 
-    def mark(scores, kept, active):
-        return apart(scores, counts.where(active, kept, counts.of(0)), axes)
+    def mark(scores, kept, _):
+        return apart(scores, kept, axes)
 
-    return in_turns(mark, scores, task.kept)
+    return in_turns(mark, scores, task.kept.to_integer())
 
 
 def apart(
-    scores: Sequence[Array | Magnitude], kept: Count, axes: tuple[str, ...]
-) -> list[Bool[Array, "..."]]:
+    scores: Sequence[Array | Magnitude],
+    kept: Int[Array, " arrays"],
+    axes: tuple[str, ...],
+) -> Marks:
     """Marks so many entries of each array, all arrays in one loop."""
     these = ranking.candidates(scores, axes)
-    return _marks(these, search.search(_task(these, kept, range(len(scores)), ())))
+    return _marks(_task(these, counts.of(kept), range(len(scores)), ()))
 
 
 def _task(
@@ -160,19 +186,90 @@ def _task(
         least[group] += int(low)
         most[group] += size
     kept = counts.clip(kept, counts.of(least), counts.of(most))
-    return search.Task(
-        these, kept.at(np.asarray(groups)), tuple(groups), floor, by_place=True
-    )
+    groups = tuple(groups)
+    if groups != tuple(range(len(groups))):
+        kept = kept.at(np.asarray(groups))
+    return search.Task(these, kept, groups, floor, by_place=True)
 
 
-def _marks(these: Candidates, ends: search.Ends) -> list[Bool[Array, "..."]]:
+def _marks(task: search.Task) -> Marks:
     """Marks what ranks above the end of its array, ties in the order of places."""
+    these = task.these
     # Held back, or XLA would compute all of the search once an entry.
-    key, place = lax.optimization_barrier(tuple(ends))
+    key, place = lax.optimization_barrier(tuple(search.search(task)))
     marks = []
     for i in range(len(these.sizes)):
         keys = these.keys(i, key)
         tied = keys == key[i]
-        tied &= ranking.places(keys, these.axis_name) < place[i]
+        never = key[i] == jnp.iinfo(keys.dtype).min
+        tied &= ranking.places(keys, these.axis_name, never) < place[i]
         marks.append((keys > key[i]) | tied)
     return marks
+
+
+def in_turns(
+    mark: Marking,
+    items: Sequence[PyTree],
+    kept: Int[Array, " items"],
+    numbers: PyTree = (),
+) -> list[Packed]:
+    """Returns a mask for each item, of the shape of the item's first array.
+
+    Not for arrays that the compiler may have split: those of one type may lie on a mesh
+    in different ways.
+
+    Args:
+        mark: from one item of every type, how many entries the mask of each keeps, and
+            their numbers, to their masks.  Zeros stand where a type has no more items.
+        items: trees of arrays.
+        kept: how many entries the mask of each keeps.
+        numbers: arrays with one row for each item.
+    """
+    types: dict[Any, list[int]] = {}
+    for i, item in enumerate(items):
+        leaves, structure = jax.tree.flatten(item)
+        types.setdefault((structure, *map(jax.typeof, leaves)), []).append(i)
+    turns = max(map(len, types.values()))
+    order = np.full((turns, len(types)), -1)
+    for column, members in enumerate(types.values()):
+        order[turns - len(members) :, column] = members
+
+    def row_of(x):
+        active = (order >= 0).reshape(*order.shape, *[1] * (x.ndim - 1))
+        return jnp.where(active, x[np.maximum(order, 0)], 0)
+
+    def take(masks, turn):
+        number, each, kept, rows = turn
+        now = [
+            _at(number - turns + len(members), [items[i] for i in members])
+            for members in types.values()
+        ]
+        marks = mark(now, kept, rows)
+        new = [
+            (mask.bits if isinstance(mask, Packed) else bits.pack(mask), number)
+            for mask, number in zip(marks, each, strict=True)
+        ]
+        # All move up by one: not stacked, since each slice would be compiled by itself.
+        return [[*old[1:], last] for old, last in zip(masks, new, strict=True)], None
+
+    def nothing(item):
+        x = jax.tree.leaves(item)[0]
+        return sharding.zeros(lambda x: bits.pack(x == x), x), jnp.zeros([], jnp.int32)
+
+    kept, rows = row_of(kept), jax.tree.map(row_of, numbers)
+    each = [kept[:, column] for column in range(len(types))]
+    start = [[nothing(items[i]) for i in members] for members in types.values()]
+    found, _ = lax.scan(take, start, (jnp.arange(turns), each, kept, rows))
+    chain = itertools.chain.from_iterable
+    results = dict(zip(chain(types.values()), chain(found), strict=True))
+    return [
+        Packed(results[i][0], jax.tree.leaves(item)[0].shape, results[i][1])
+        for i, item in enumerate(items)
+    ]
+
+
+def _at(place: Int[Array, ""], queue: list[PyTree]) -> PyTree:
+    """Returns one of several trees of the same type: the first one before them."""
+    if len(queue) == 1:
+        return queue[0]
+    return lax.switch(place, [functools.partial(lambda item: item, x) for x in queue])
