@@ -42,8 +42,8 @@ def relaxed():
 def normal(shapes, *, seed=0, dtype="float32"):
     """Replaces every shape in a tree by an array of normal numbers."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda shape: jnp.asarray(rng.normal(size=shape), dtype),
+    return jax.tree.map(  # rounded by NumPy, as JAX would compile each shape's rounding
+        lambda shape: jnp.asarray(np.asarray(rng.normal(size=shape), dtype), dtype),
         shapes,
         is_leaf=lambda node: isinstance(node, tuple),
     )
@@ -57,6 +57,9 @@ def integers(count):
 
 def spec(tree):
     """What has to stay the same for a compiled step to be used again."""
-    kinds = [jax.typeof(leaf) for leaf in jax.tree.leaves(tree)]
+    kinds = [
+        leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
+        for leaf in jax.tree.leaves(tree)
+    ]
     details = [(kind.shape, kind.dtype, kind.weak_type) for kind in kinds]
     return jax.tree.structure(tree), details
