@@ -46,11 +46,11 @@ PEERS = {  # at most so many times the operations of the peer
     "chain": 1.7,
 }
 WALKS = {  # functions and files of the package, from the factory to the traced update
-    "clip_by_global_norm": (43, 7),
-    "adaptive_grad_clip": (66, 10),
-    "adaptive_clip": (72, 10),
-    "sparsify": (124, 23),
-    "rigl": (154, 25),
+    "clip_by_global_norm": (45, 7),
+    "adaptive_grad_clip": (69, 10),
+    "adaptive_clip": (74, 10),
+    "sparsify": (113, 21),
+    "rigl": (150, 24),
 }
 PAIRS = programs.pairs()
 
