@@ -303,12 +303,12 @@ def start_and_move(tx, params, grads, place=lambda arguments, _: arguments):
     return (params, state), compiled
 
 
-@pytest.mark.parametrize(("name", "kind"), [("rigl", "Auto"), ("snfs", "Explicit")])
-def test_a_mesh_changes_nothing_and_gathers_nothing(name, kind):
-    tx = METHODS[name](optax.sgd(0.1, momentum=0.9), 0.6)
+def test_a_mesh_changes_nothing_and_gathers_nothing():
+    """For RigL see the contract; this one stores a dense average too."""
+    tx = METHODS["snfs"](optax.sgd(0.1, momentum=0.9), 0.6)
     params, *grads = [normal(SPLIT, seed=seed) for seed in range(4)]
     expected, _ = start_and_move(tx, params, grads)
-    mesh = devices(kind)
+    mesh = devices("Explicit")
     places = jax.tree.map(functools.partial(jax.NamedSharding, mesh), SPECS)
     params, *grads = (jax.device_put(tree, places) for tree in (params, *grads))
     actual, compiled = start_and_move(tx, params, grads, jax.device_put)

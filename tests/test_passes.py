@@ -76,29 +76,20 @@ def test_blocks_of_an_array_are_reduced_apart(shape):
     assert_same(jax.jit(mapped)(x), np.stack([expected(part) for part in x]), rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-@pytest.mark.parametrize(
-    ("shape", "spec"),
-    [
-        ((4096, 16), P("d")),
-        ((64, 16, 16), P("d", "m")),
-        ((8, 2048), P(None, "d")),
-        ((8, 2048), P(None, "m")),
-    ],
-    ids=str,
-)
-def test_a_mesh_of_one_device_is_as_no_mesh(kind, shape, spec):
-    axis_types = (getattr(jax.sharding.AxisType, kind),) * 2
-    mesh = jax.make_mesh((1, 1), ("d", "m"), axis_types=axis_types)
-    plain = {"kernel": normal(shape)}
-    there = jax.device_put(plain, jax.NamedSharding(mesh, spec))
-    tx = clipjax.sparsify(0.5)
+def test_a_mesh_of_one_device_is_as_no_mesh():
+    shapes = {"a": (4096, 16), "b": (64, 16, 16), "c": (8, 2048), "d": (8, 2048)}
+    specs = {"a": P("d"), "b": P("d", "m"), "c": P(None, "d"), "d": P(None, "m")}
+    plain, tx = normal(shapes), clipjax.sparsify(0.5, where=lambda path, leaf: True)
     init, update = jax.jit(tx.init), jax.jit(tx.update)
-    results = [
-        update(params, init(params), params)[0]["kernel"] for params in (plain, there)
-    ]
-    assert_same(*results, rtol=0)
-    assert masks.count(masks.nonzero(there["kernel"])) == np.prod(shape)
+    expected, _ = update(plain, init(plain), plain)
+    for kind in ("Auto", "Explicit"):
+        axis_types = (getattr(jax.sharding.AxisType, kind),) * 2
+        mesh = jax.make_mesh((1, 1), ("d", "m"), axis_types=axis_types)
+        places = {name: jax.NamedSharding(mesh, spec) for name, spec in specs.items()}
+        there = jax.device_put(plain, places)
+        assert_same(update(there, init(there), there)[0], expected, rtol=0)
+        for kernel in there.values():
+            assert masks.count(masks.nonzero(kernel)) == kernel.size
 
 
 def test_states_move_between_a_mesh_and_its_blocks():

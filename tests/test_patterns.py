@@ -101,62 +101,62 @@ CASES = {
         lambda x: top(np.asarray(x, float).ravel(), 192).reshape(SHAPE),
     ),
 }
-each_case = pytest.mark.parametrize("name", CASES)
 
 
-@each_case
+@functools.partial(jax.jit, static_argnames=("names", "sparsity"))
+def all_marked(x, *, names=tuple(CASES), sparsity=0.5):
+    return {name: mark(CASES[name][0], x, sparsity=sparsity)[0] for name in names}
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
-def test_masks_are_those_of_numpy(name, dtype):
-    pattern, expected = CASES[name]
-    assert isinstance(pattern, patterns.Pattern)
+def test_masks_are_those_of_numpy(dtype):
     with x64(dtype == "float64"):
-        run = jax.jit(lambda x: mark(pattern, x)[0])
         for ties in (False, True):
             x = draw(dtype, ties=ties)
-            np.testing.assert_array_equal(run(x), expected(x))
+            for name, mask in all_marked(x).items():
+                pattern, expected = CASES[name]
+                assert isinstance(pattern, patterns.Pattern)
+                np.testing.assert_array_equal(mask, expected(x), err_msg=name)
 
 
-@each_case
 @pytest.mark.parametrize(
     "kind", [pytest.param("Auto", marks=pytest.mark.slow), "Explicit"]
 )
-def test_a_mesh_changes_nothing_and_gathers_nothing(name, kind):
+@pytest.mark.parametrize(
+    ("shape", "spec", "names"),
+    [
+        ((64, 24), P("d"), ("1:8 rows", *POOLS)),
+        (
+            (48, 32),
+            P(None, "d"),
+            ("2:4", "channels", "fan-in", "fan-out", "unstructured"),
+        ),
+    ],
+)
+def test_a_mesh_changes_nothing_and_gathers_nothing(kind, shape, spec, names):
     axis_types = (getattr(jax.sharding.AxisType, kind),)
     mesh = jax.make_mesh((8,), ("d",), axis_types=axis_types)
-    pattern, _ = CASES[name]
-    shape, spec = (48, 32), P(None, "d")
-    if name in ("1:8 rows", "mean", "max", "l2"):
-        shape, spec = (64, 24), P("d")
-    run = jax.jit(lambda x: mark(pattern, x)[0])
     sharding = jax.NamedSharding(mesh, spec)
-    compiled = run.lower(jax.device_put(draw(shape=shape), sharding)).compile()
+    there = jax.device_put(draw(shape=shape), sharding)
+    compiled = all_marked.lower(there, names=names).compile()
     assert "all-gather" not in compiled.as_text()
     for ties in (False, True):
         x = draw(shape=shape, ties=ties)
-        there = compiled(jax.device_put(x, sharding))
-        np.testing.assert_array_equal(there, run(x))
-        assert there.sharding.is_equivalent_to(sharding, 2)
+        masks = compiled(jax.device_put(x, sharding))
+        for name, mask in all_marked(x, names=names).items():
+            np.testing.assert_array_equal(masks[name], mask, err_msg=name)
+            assert masks[name].sharding.is_equivalent_to(sharding, 2)
 
 
 def test_everything_stays_at_sparsity_zero():
-    @jax.jit
-    def run(x):
-        cases = CASES.items()
-        return {name: mark(own, x, sparsity=0.0)[0] for name, (own, _) in cases}
-
-    for name, mask in run(draw()).items():
+    for name, mask in all_marked(draw(), sparsity=0.0).items():
         assert mask.all(), name
 
 
 def test_magnitudes_are_taken_for_scores():
-    @jax.jit
-    def both(x):
-        return [
-            {name: mark(own, y)[0] for name, (own, _) in CASES.items()}
-            for y in (Magnitude(x), abs(x))
-        ]
-
-    assert_same(*both(draw()), rtol=0)
+    x = draw()
+    of_magnitudes = jax.jit(lambda x: all_marked(Magnitude(x)))
+    assert_same(of_magnitudes(x), all_marked(abs(x)), rtol=0)
 
 
 def test_nan_ranks_lowest():
