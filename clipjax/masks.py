@@ -7,6 +7,7 @@ the parameter's sharding.
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import jax.numpy as jnp
 from jax import lax
@@ -32,15 +33,22 @@ __all__ = [
 ]
 
 
-_DENSE_NAMES = ("bias", "scale", "embedding", "embeddings")
+_DENSE_NAMES = re.compile(  # biases, scales, embeddings, learned tokens
+    r"(bias|scale|offset|embeddings?|_emb|_embed|tokens?|bias_table)$"
+    r"|^(b|emb|embed|gain|gamma|beta|wte|wpe)$"
+)
+_DENSE_PARENTS = re.compile(r"norm|embed|^(ln|wte|wpe|emb)(_|\d|$)")  # of a `weight`
 BITS = _bits.BITS  # in a byte
 
 
 def weights(path: str, leaf: Array) -> bool:
     """Tells whether a leaf holds weights: a floating leaf of rank 2 or more.
 
-    The default of `where` in every transform that makes parameters sparse.  A leaf
-    whose path ends in `bias`, `scale` or `embedding` holds none.
+    The default of `where` in every transform that makes parameters sparse.  Biases,
+    scales, embeddings and learned tokens are no weights, as Flax, Haiku, Equinox and
+    PyTorch name them: `bias`, `b`, `scale`, `offset`, `embedding`, `pos_embed`, `wte`,
+    `cls_token`; and a `weight` in what is called `norm`, `ln_1` or `embed…`.  Whatever
+    has another name needs a `where` of your own.
 
     Args:
         path: the path of the leaf, such as `layers/0/kernel`.
@@ -54,8 +62,9 @@ def weights(path: str, leaf: Array) -> bool:
         >>> clipjax.masks.weights("attention/query/bias", jnp.ones((2, 3)))
         False
     """
-    name = path.rsplit("/", 1)[-1]
-    is_dense = name.lower().endswith(_DENSE_NAMES)
+    *_, parent, name = ["", *path.lower().split("/")]
+    is_dense = bool(_DENSE_NAMES.search(name))
+    is_dense |= name == "weight" and bool(_DENSE_PARENTS.search(parent))
     return trees.is_float(leaf) and jnp.ndim(leaf) >= 2 and not is_dense
 
 

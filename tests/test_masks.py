@@ -85,6 +85,30 @@ def test_weights_are_kernels(path, leaf, expected):
     assert masks.weights(path, leaf) is expected
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("cls_token", "mask_token", "pos_emb", "pos_embed", "class_embedding"),
+        *("relative_position_bias_table", "wte/embedding", "wpe/weight"),
+        *("stack/linear/b", "stack/layer_norm/offset", "ln_1/weight", "norm1/weight"),
+        *("tok_embeddings/weight", "blocks/0/attn_norm/weight"),
+    ],
+)
+def test_biases_scales_and_tokens_are_no_weights_in_any_library(path):
+    assert not masks.weights(path, jnp.ones((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("linear/w", "layers/0/weight", "attn/c_attn/weight", "lstm/weight_ih"),
+        *("patch_embed/proj/kernel", "lm_head/weight", "embedder/dense/kernel"),
+    ],
+)
+def test_weights_are_weights_in_any_library(path):
+    assert masks.weights(path, jnp.ones((2, 3)))
+
+
 def test_masks_lie_as_their_arrays_do():
     explicit = (jax.sharding.AxisType.Explicit,)
     mesh = jax.make_mesh((8,), ("d",), axis_types=explicit)
