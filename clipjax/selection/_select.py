@@ -225,6 +225,8 @@ def in_turns(
         kept: how many entries the mask of each keeps.
         numbers: arrays with one row for each item.
     """
+    shapes = [jax.tree.leaves(item)[0].shape for item in items]
+    items = [_in_rows(item) for item in items]
     types: dict[Any, list[int]] = {}
     for i, item in enumerate(items):
         leaves, structure = jax.tree.flatten(item)
@@ -262,10 +264,31 @@ def in_turns(
     found, _ = lax.scan(take, start, (jnp.arange(turns), each, kept, rows))
     chain = itertools.chain.from_iterable
     results = dict(zip(chain(types.values()), chain(found), strict=True))
-    return [
-        Packed(results[i][0], jax.tree.leaves(item)[0].shape, results[i][1])
-        for i, item in enumerate(items)
-    ]
+    masks = []
+    for i, shape in enumerate(shapes):
+        packed, number = results[i]
+        columns = [-(-n // bits.BITS) for n in shape[-1:] or (1,)]
+        masks.append(Packed(packed.reshape(*shape[:-1], *columns), shape, number))
+    return masks
+
+
+def _in_rows(item: PyTree) -> PyTree:
+    """Returns arrays of one size in one shape, so that they are of one type.
+
+    But for arrays that may lie on a mesh, and those without whole bytes in a row.
+    """
+    x = jax.tree.leaves(item)[0]
+    lengths = [n for n in range(1024, 127, -bits.BITS) if x.size % n == 0]
+    if not lengths or x.shape[-1] % bits.BITS or not sharding.is_local(x):
+        return item
+
+    def one(node):
+        if not isinstance(node, Packed):
+            return node.reshape(-1, lengths[0])
+        rows = node.bits.reshape(-1, lengths[0] // bits.BITS)
+        return Packed(rows, (x.size // lengths[0], lengths[0]), node.kept)
+
+    return jax.tree.map(one, item, is_leaf=lambda node: isinstance(node, Packed))
 
 
 def _at(place: Int[Array, ""], queue: list[PyTree]) -> PyTree:
