@@ -71,7 +71,7 @@ def unit_axes(path: str, leaf: Shaped, bias: Shaped | None = None) -> tuple[int,
     the axes for those.
 
     Where there is a bias, the outputs are the axes of its shape: of a `weight` sought
-    from the front, of any other kernel from the back.  Without one, `weight` in the
+    from the front, of a `kernel` from the back, of any other leaf only the last ones.  Without one, `weight` in the
     name means that outputs come first, `query`, `key`, `value` and `qkv` in the path
     mean (0,), and else every axis but the last is taken: name the axes of a transposed
     convolution without a bias.
@@ -114,8 +114,11 @@ def _outputs(
         size = len(known)
         if 0 < size < rank:
             last = tuple(range(rank - size, rank))
-            first, second = tuple(range(size)), (1,) if is_weight else (rank - 2,)
-            order = (first, second, last) if is_weight else (last, second, first)
+            first, order = tuple(range(size)), (last,)
+            if is_weight:
+                order = (first, (1,), last)
+            elif name == "kernel":
+                order = (last, (rank - 2,), first)
             for axes in order:
                 if tuple(shape[axis] for axis in axes) == known:
                     return axes
