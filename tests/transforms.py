@@ -51,9 +51,10 @@ class Row:
     def tx(self):
         return self.make()
 
-    @functools.cached_property
+    @property
     def update(self):
-        return jax.jit(self.tx.update)
+        """Outside of a trace it compiles itself, once for each kind of arguments."""
+        return self.tx.update
 
     @functools.cached_property
     def update_with(self):
