@@ -59,13 +59,15 @@ promise = pytest.mark.promise  # its name in the table
 def networks(count, shapes=SHAPES, *, dtype="float32"):
     """Params with some zeros, then updates: floats, and what is not trained."""
     params, *updates = [
-        normal(shapes, seed=seed, dtype=dtype)
+        jax.device_get(normal(shapes, seed=seed, dtype=dtype))
         | {"frozen": None, "table": jnp.arange(4, dtype=jnp.int32)}
         for seed in range(count)
     ]
-    params = map_floats(lambda p: jnp.where(jnp.abs(p) < 0.1, 0, p), params)
+    # By NumPy, which need not compile it for every shape and dtype.
+    params = map_floats(lambda p: np.where(np.abs(p) < 0.1, p.dtype.type(0), p), params)
     growing = zip(GROWTH[1:], updates, strict=False)
-    return [params, *[map_floats(lambda u, g=g: u * g, u) for g, u in growing]]
+    grown = [map_floats(lambda u, g=g: u * u.dtype.type(g), u) for g, u in growing]
+    return jax.device_put([params, *grown])
 
 
 def dense(tree):
