@@ -300,19 +300,20 @@ def test_in_all_wrappers_it_does_the_same_and_masked_leaves_pass(row):
     assert isinstance(row.tx, optax.GradientTransformationExtraArgs)
     params, *updates = networks(3)
     expected, _ = run(row.update, row.tx.init(params), params, *updates)
-    steps = optax.MultiSteps(injected(row), 2).gradient_transformation()
-    split = optax.partition({"dense": steps, "rest": optax.identity()}, of_dense)
+    steps = optax.MultiSteps(injected(row), 2)
+    mean = optax.GradientTransformationExtraArgs(steps.init, steps.update)
+    split = optax.partition({"dense": mean, "rest": optax.identity()}, of_dense)
     chain = optax.named_chain(("first", optax.identity()), ("second", split))
     wrapped = optax.apply_if_finite(optax.chain(optax.identity(), chain), 3)
     update = jax.jit(functools.partial(wrapped.update, value=1.0, batch={"x": 2}))
     params = params | {"gain": jnp.float32(9)}
     with relaxed():
         first = state = wrapped.init(params)
-        for mean, own in zip(updates, expected, strict=True):
+        for given, own in zip(updates, expected, strict=True):
             nothing = filled(params, 0)
             outgoing, state = update(nothing, state, params)
             chex.assert_trees_all_equal(outgoing, nothing)
-            twice = params | map_floats(lambda u: 2 * u, mean)
+            twice = params | map_floats(lambda u: 2 * u, given)
             outgoing, state = update(twice, state, params)
             assert_same(outgoing, twice | own)
     assert spec(state) == spec(first)
