@@ -71,10 +71,10 @@ def unit_axes(path: str, leaf: Shaped, bias: Shaped | None = None) -> tuple[int,
     the axes for those.
 
     Where there is a bias, the outputs are the axes of its shape: of a `weight` sought
-    from the front, of a `kernel` from the back, of any other leaf only the last ones.  Without one, `weight` in the
-    name means that outputs come first, `query`, `key`, `value` and `qkv` in the path
-    mean (0,), and else every axis but the last is taken: name the axes of a transposed
-    convolution without a bias.
+    from the front, of a `kernel` from the back, of any other leaf only the last ones.
+    Without one, outputs come first in a `weight`; `query`, `key`, `value` and `qkv` in
+    the path mean (0,); and else every axis but the last is taken.  Name the axes of a
+    transposed convolution without a bias.
 
     Args:
         path: where the leaf stands, such as `attention/query/kernel`.
