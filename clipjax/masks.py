@@ -34,10 +34,13 @@ __all__ = [
 
 
 _DENSE_NAMES = re.compile(  # biases, scales, embeddings, learned tokens
-    r"(bias|scale|offset|embeddings?|_emb|_embed|tokens?|bias_table)$"
+    r"(bias|(^|_)scale|offset|embeddings?|_emb|_embed|tokens?|bias_table)$"
     r"|^(b|emb|embed|gain|gamma|beta|wte|wpe)$"
 )
-_DENSE_PARENTS = re.compile(r"norm|embed|^(ln|wte|wpe|emb)(_|\d|$)")  # of a `weight`
+_DENSE_PARENTS = re.compile(  # of a `weight`
+    r"(layer|batch|group|rms|instance|^|_)norm(_|\d|$)"
+    r"|(^|_)(embeddings?|embed_?tokens|tok_embed)$|^(ln|wte|wpe|emb)(_|\d|$)"
+)
 BITS = _bits.BITS  # in a byte
 
 

@@ -13,7 +13,7 @@ import clipjax
 from clipjax import contrib, masks
 from clipjax.contrib import _snfs as snfs
 from clipjax.selection._counts import of
-from helpers import assert_same, integers, normal, relaxed
+from helpers import assert_same, integers, normal, relaxed, x64
 from test_contract import MOST_BYTES, collectives, devices
 
 KEY = jax.random.key(3)
@@ -421,3 +421,19 @@ def test_what_cannot_be_met_is_refused(make):
         jax.eval_shape(tx.update, params, tx.init(params), params)
     with pytest.raises(TypeError, match="allocation"):
         make(optax.sgd(1.0), 0.9, allocation=0.5)
+
+
+@pytest.mark.parametrize("dtypes", [("float64", "float32"), ("float32", "float64")])
+def test_parameters_and_gradients_may_differ_in_width(dtypes):
+    with x64():
+        params, grads = (
+            {"kernel": jnp.asarray(np.random.default_rng(i).normal(size=(8, 8)), dtype)}
+            for i, dtype in enumerate(dtypes)
+        )
+        tx = clipjax.rigl(
+            optax.identity(), 0.5, total_steps=9, key=jax.random.key(0), every=1
+        )
+        state = tx.init(params)
+        for _ in range(3):
+            _, state = tx.update(grads, state, params)
+        assert state.sparse.total_sparsity == 0.5

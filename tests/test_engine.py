@@ -866,3 +866,40 @@ def test_what_is_complex_and_infinite_passes():
     clipped, state = first(clip_by(1.0), updates)
     np.testing.assert_array_equal(clipped["z"], updates["z"])
     assert state.clip.nonfinite_steps == 1
+
+
+def test_norms_of_whole_leaves_are_added_over_devices_once():
+    """Also where JAX does not track which blocks differ."""
+    split = jax.P("x")
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    updates = {"w": jnp.array([3.0, 4.0])}
+    for bound in (1.0, Bound(9.0, scopes.Leaf(), response=responses.clamp)):
+        for check_vma in (True, False):
+            specs = (lambda path, leaf: split) if bound == 1.0 else None
+            tx = clipjax.clip_by(bound, specs=specs, axis_name="x")
+
+            def step(u, tx=tx):
+                changed, state = tx.update(u, tx.init(u))
+                return changed, state.clip.norm, state.clip.clipped_norm
+
+            mapped = jax.shard_map(
+                step,
+                mesh=mesh,
+                in_specs=({"w": split},),
+                out_specs=({"w": split}, jax.P(), jax.P()),
+                check_vma=check_vma,
+            )
+            changed, norm, clipped_norm = jax.jit(mapped)(updates)
+            limit = 1.0 if bound == 1.0 else 5.0
+            np.testing.assert_allclose((norm, clipped_norm), (5, limit), rtol=1e-6)
+            np.testing.assert_allclose(changed["w"], updates["w"] * limit / 5, 1e-6)
+
+
+def test_each_label_starts_by_its_parameters():
+    rule = thresholds.MovingMean(2.0)
+    scope = scopes.Group(lambda path, leaf: path[0])
+    bound = Bound({"a": rule, "b": rule}, scope, start=thresholds.Relative(0.1))
+    tx = clipjax.clip_by(bound)
+    params = {"a1": jnp.full(1, 3.0), "a2": jnp.full(1, 4.0), "b": jnp.full(1, 100.0)}
+    changed, _ = tx.update(params, tx.init(params), params)
+    assert_same(changed, {p: x / 10 for p, x in params.items()}, rtol=1e-6)

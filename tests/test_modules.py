@@ -34,6 +34,8 @@ class Module:
 
 
 MODULE = Module(jnp.arange(12.0).reshape(3, 4) - 5.5, jnp.arange(3.0))
+DTYPE = dataclasses.replace(MODULE, name=jnp.float32)  # a class that has a dtype
+RATE = dataclasses.replace(MODULE, name=0.5)  # a number that is no array
 ARRAYS = dataclasses.replace(MODULE, activation=None, name=None)
 
 
@@ -43,9 +45,10 @@ def test_leaves_that_are_no_arrays_are_left_alone(name):
     state = tx.init(ARRAYS)
     with relaxed():
         expected, _ = tx.update(ARRAYS, state, ARRAYS)
-        updates, after = tx.update(ARRAYS, state, MODULE)
-    assert_same(updates, expected)
-    assert spec(after) == spec(state)
+        for module in (MODULE, DTYPE):
+            updates, after = tx.update(ARRAYS, state, module)
+            assert_same(updates, expected)
+            assert spec(after) == spec(state)
 
 
 def test_moments_restart_beside_leaves_that_are_no_arrays():
@@ -56,8 +59,8 @@ def test_moments_restart_beside_leaves_that_are_no_arrays():
     ):
         with relaxed():
             state = tx.init(ARRAYS)
-            for _ in range(3):
-                updates, state = tx.update(ARRAYS, state, MODULE)
+            for module in (MODULE, RATE, MODULE):
+                updates, state = tx.update(ARRAYS, state, module)
         assert updates.activation is None
         assert jnp.isfinite(updates.weight).all()
 

@@ -184,10 +184,10 @@ def clip_by(
     def update(updates, state, params=None, **extra_args):
         del extra_args
         # Of a module, what is no array stays outside of the compiled step.
-        leaves = None if params is None else trees.floats(params)
+        params = None if params is None else trees.arrays(params)
         if state is None or isinstance(state, optax.EmptyState):
-            return step(updates, _no_state(plan), leaves)[0], state
-        return step(updates, state, leaves)
+            return step(updates, _no_state(plan), params)[0], state
+        return step(updates, state, params)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType] -- a state may be kept by nobody
 
@@ -310,7 +310,7 @@ class _Update(NamedTuple):
     plan: _Plan
     leaves: dict[str, Array]  # that are clipped
     found: dict[str, Array]  # all, and their parameters where they have no update
-    params: dict[str, Array] | None
+    params: PyTree
     step: Int[Array, ""]
     division: _Division
     stacks: list[Stack]
@@ -330,7 +330,7 @@ class _Now(NamedTuple):
 
 
 def _step(
-    plan: _Plan, updates: PyTree, state: ClipByState, params: dict[str, Array] | None
+    plan: _Plan, updates: PyTree, state: ClipByState, params: PyTree
 ) -> tuple[PyTree, ClipByState]:
     """Measures, goes through the bounds, multiplies, and keeps a record."""
     every, step = trees.floats(updates), state.clip.step
@@ -342,7 +342,7 @@ def _step(
         record = UnmeasuredState(trees.next_step(step))
         return trees.replaced(updates, changed), state._replace(clip=record)
     # A bias tells the unit of its kernel, even where it has no update.
-    found = every if params is None else params | every
+    found = every if params is None else trees.floats(params) | every
     division = _divided(plan, leaves, found, plan.bounds)
     stacks = _measured(plan, leaves, division)
     values = [stack.values for stack in stacks]
@@ -442,8 +442,8 @@ def _whole(plan: _Plan, values: list[Array], over: AxisName) -> Float[Array, ""]
         return jnp.zeros([], jnp.float32)
     if over is None and len(values) > 1:
         values, _ = stacked.merged(values)
-    if len(values) == 1:
-        return plan.pool(values[0], None, over)
+    if len(values) == 1:  # norms of whole leaves are those of all devices already
+        return plan.pool(values[0], None, over if values[0].ndim > 1 else None)
     return plan.pool(_of_leaves(plan, values, over))
 
 
@@ -534,7 +534,8 @@ def _through(
         own = _gathered(update, bound, parts, _weights(update), None).norms
         return own if split is list else stacked.merged(own)[0]
 
-    if bound.start is not None and len(compared) > 1 and update.params is not None:
+    several = len(compared) > 1 or isinstance(bound.threshold, Mapping)
+    if bound.start is not None and several and update.params is not None:
         weights()  # not first within the branch of one of them
     limits, factors = [], []
     for i, norm in enumerate(compared):
@@ -581,8 +582,9 @@ def _behind(
 
 def _weights(update: _Update) -> list[Array]:
     """Measures the parameters of the leaves, by stack."""
-    name, found = "A bound by `thresholds.Relative`", update.params or {}
+    name = "A bound by `thresholds.Relative`"
     check.given_params(name, update.params)
+    found = trees.floats(update.params)
     for path, leaf in update.leaves.items():
         check.same_shape(name, path, leaf, found.get(path))
     own = {path: found[path] for path in update.leaves}
@@ -744,10 +746,10 @@ def _recorded(
 ) -> ClipState:
     """Returns the record of a step."""
     plan, last, over = update.plan, update.plan.bounds[-1], update.division.over
-    outgoing, norm, touched = now.norms, now.norm, list(now.touched)
+    outgoing, norm, touched, split = now.norms, now.norm, list(now.touched), over
     if plan.is_leafwise:
         like = _measured(plan, changed, update.division, update.stacks)
-        outgoing, norm, over = [s.values for s in like], None, plan.axis_name
+        outgoing, norm, split = [s.values for s in like], None, plan.axis_name
         touched += [jnp.any(x != changed[path]) for path, x in update.leaves.items()]
     if isinstance(last.threshold, Relative):
         shown = trees.bound_at(last.threshold.factor, update.step)
@@ -761,7 +763,7 @@ def _recorded(
         norm=update.norm,
         clipped_norm=_whole(plan, outgoing, over) if norm is None else norm,
         threshold=shown,
-        clipped=anywhere(clipped, None, over) if over else clipped,
+        clipped=anywhere(clipped, None, split) if split else clipped,
     )
 
 

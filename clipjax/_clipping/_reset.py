@@ -164,7 +164,6 @@ def _grown(age: Int[Array, ""], warmup: Float[Array, ""]) -> Float[Array, ""]:
 
 def _restart(inner: Any, params: PyTree) -> Callable[[PyTree, Any], PyTree]:
     """Returns what gives a state the moments of a new one, if a condition holds."""
-    fresh = inner.init(trees.arrays(params))
     moments = memory.moments(inner, params)
 
     def one(keys, old, new, condition):
@@ -173,6 +172,7 @@ def _restart(inner: Any, params: PyTree) -> Callable[[PyTree, Any], PyTree]:
         return jnp.where(condition, jnp.asarray(new, old.dtype), old)
 
     def restarted(state, condition):
+        fresh = memory.first_state(inner, params, state)
         one_if = functools.partial(one, condition=condition)
         return jax.tree_util.tree_map_with_path(one_if, state, fresh)
 

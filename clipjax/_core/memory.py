@@ -18,6 +18,21 @@ from jaxtyping import Array, Bool, PyTree
 from . import sharding, trees
 
 
+def first_state(
+    inner: optax.GradientTransformation, params: PyTree, like: PyTree
+) -> PyTree:
+    """Returns what `inner.init` makes, of the structure of a state that there is.
+
+    That may have been made without numbers that are no arrays, as Equinox does.
+    """
+    leaves = trees.arrays(params)
+    state = inner.init(leaves)
+    if jax.tree.structure(state) != jax.tree.structure(like):
+        alone = jax.tree.map(lambda x: x if hasattr(x, "dtype") else None, leaves)
+        state = inner.init(alone)
+    return state
+
+
 def restarted(
     inner: optax.GradientTransformation,
     inner_state: PyTree,
@@ -25,8 +40,8 @@ def restarted(
     kept: Mapping[str, Bool[Array, "..."]],
 ) -> PyTree:
     """Returns the state with what is not kept as `inner.init` makes it: mostly zero."""
-    params = trees.arrays(params)
-    fresh, names = trees.by_path(inner.init(params)), trees.by_path(params)
+    names = trees.by_path(params)
+    fresh = trees.by_path(first_state(inner, params, inner_state))
 
     def one(keys, old):
         path = trees.path(keys)

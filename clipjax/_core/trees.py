@@ -84,18 +84,16 @@ def is_float(leaf: Any) -> bool:
 
     An Equinox module has leaves that are no arrays, such as functions.
     """
-    dtype = getattr(leaf, "dtype", None)
-    if dtype is None:
+    if not _has_dtype(leaf):
         return isinstance(leaf, float | complex)
-    return jnp.issubdtype(dtype, jnp.inexact)
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
 def is_number(leaf: Any) -> bool:
     """Tells whether a leaf holds numbers, and neither random keys nor anything else."""
-    dtype = getattr(leaf, "dtype", None)
-    if dtype is None:
+    if not _has_dtype(leaf):
         return isinstance(leaf, int | float | complex)
-    return jnp.issubdtype(dtype, jnp.number)
+    return jnp.issubdtype(leaf.dtype, jnp.number)
 
 
 def arrays(tree: PyTree) -> PyTree:
@@ -105,7 +103,13 @@ def arrays(tree: PyTree) -> PyTree:
 
 def is_array(leaf: Any) -> bool:
     """Tells whether a leaf is an array or a number, and not a function or a name."""
-    return hasattr(leaf, "dtype") or isinstance(leaf, int | float | complex)
+    return _has_dtype(leaf) or isinstance(leaf, int | float | complex)
+
+
+def _has_dtype(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and not isinstance(
+        leaf, type
+    )  # `jnp.float32` has one
 
 
 def is_function(value: Any) -> bool:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, Key, UInt32
 
 from .._core import bits, checks as check, sharding, trees
 from .._core.bits import Packed, mask_of
+from .._core.dtypes import common
 from .._core.types import AxisName, Number, Schedule
 from ..allocations import Allocation
 from ..allocations._compared import numbers
@@ -144,7 +145,9 @@ def moved(
                 score = jnp.where(has & mask_of(largest[i]), jnp.inf, score)
                 # A NaN ranks lowest, below a connection of zero.
                 size = trees.wide(jnp.where(has, jnp.abs(x), jnp.nan))
-                order.append(Magnitude(jnp.where(grows, score, size)))
+                kind = common(score, size)
+                best = jnp.where(grows, score.astype(kind), size.astype(kind))
+                order.append(Magnitude(best))
             return [*map(as_stored, apart(order, number, axes), largest)], None
 
         start = [old for _, old, *_ in items]

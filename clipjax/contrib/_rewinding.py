@@ -13,6 +13,7 @@ from .. import allocations, masks, patterns
 from .._core import checks as check, emit, sharding, trees
 from .._core.bits import mask_of
 from .._core.eager import compiled
+from .._core.memory import first_state
 from .._core.types import AxisName, Number, Schedule, Where
 from .._sparsity._store import (
     SparsifyState,
@@ -206,7 +207,7 @@ def _anew(inner: optax.GradientTransformation, params: PyTree, old: PyTree) -> P
         was = jnp.asarray(was)
         return sharding.like(jnp.asarray(new, was.dtype), was)
 
-    return jax.tree.map(one, inner.init(trees.arrays(params)), old)
+    return jax.tree.map(one, first_state(inner, params, old), old)
 
 
 def _check_first_round(every: Number | Schedule, rewind_step: Number) -> None:

@@ -220,7 +220,8 @@ def spectral_norm(
     if spec is None and len(axes) > 1:
         _refuse_blocks(x)
     split = functools.partial(sharding.split_axes, spec or PartitionSpec())
-    peak = unit_inf_norm(x, axes, axis_name=split(axes))
+    # `pmax` has no derivative, and a unit needs none.
+    peak = unit_inf_norm(lax.stop_gradient(x), axes, axis_name=split(axes))
     unit = trees.power_of_two(peak)
     matrix = trees.wide(x) / unit.astype(trees.wide(x).dtype)
     if len(axes) < 2 or not x.size:

@@ -114,7 +114,8 @@ def _first_thresholds(task: Task) -> Thresholds:
     members = [np.flatnonzero(groups == name).tolist() for name in names]
     samples = [ranking.sample(these, each, _SAMPLE) for each in members]
     # About the share of a sample that all entries have, give or take its scatter.
-    kept = task.kept.at(first) if task.competes else task.kept
+    is_sorted = np.array_equal(own, range(len(groups)))  # each array by itself
+    kept = task.kept if is_sorted else task.kept.at(first)
     share = kept.to_float() / np.maximum(totals, 1).astype(np.float32)
     share = jnp.broadcast_to(share[:, None], (len(names), _THRESHOLDS))
     error = jnp.sqrt(_SAMPLE * share * (1 - share))
@@ -122,7 +123,7 @@ def _first_thresholds(task: Task) -> Thresholds:
     place = jnp.clip(place, 0, _SAMPLE - 1).astype(jnp.int32)
     ranked = jnp.sort(jnp.stack(samples), axis=1)
     found = jnp.take_along_axis(ranked, place, axis=1, mode="promise_in_bounds")
-    return found[own] if task.competes else found
+    return found if is_sorted else found[own]
 
 
 def _narrowed(
