@@ -46,11 +46,11 @@ PEERS = {  # at most so many times the operations of the peer
     "chain": 1.7,
 }
 WALKS = {  # functions and files of the package, from the factory to the traced update
-    "clip_by_global_norm": (45, 7),
-    "adaptive_grad_clip": (69, 10),
-    "adaptive_clip": (74, 10),
-    "sparsify": (116, 21),
-    "rigl": (153, 24),
+    "clip_by_global_norm": (47, 7),
+    "adaptive_grad_clip": (71, 10),
+    "adaptive_clip": (76, 10),
+    "sparsify": (117, 21),
+    "rigl": (154, 24),
 }
 PAIRS = programs.pairs()
 

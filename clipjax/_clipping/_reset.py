@@ -126,7 +126,7 @@ def reset_moments(
         factor = jnp.where(resets > 0, grown, 1)
 
         def step(updates, inner_state):
-            restarted = _restart(inner, params)
+            restarted = _restart(inner, params, inner_state)
             start = restarted(inner_state, reset)
             outgoing, after = inner.update(updates, start, params, **extra_args)
             after = after if on_spike is None else restarted(after, spike)
@@ -162,8 +162,11 @@ def _grown(age: Int[Array, ""], warmup: Float[Array, ""]) -> Float[Array, ""]:
     return jnp.where(age.astype(jnp.float32) < warmup, wave, 1)
 
 
-def _restart(inner: Any, params: PyTree) -> Callable[[PyTree, Any], PyTree]:
+def _restart(
+    inner: Any, params: PyTree, like: PyTree
+) -> Callable[[PyTree, Any], PyTree]:
     """Returns what gives a state the moments of a new one, if a condition holds."""
+    fresh = memory.first_state(inner, params, like)
     moments = memory.moments(inner, params)
 
     def one(keys, old, new, condition):
@@ -172,7 +175,6 @@ def _restart(inner: Any, params: PyTree) -> Callable[[PyTree, Any], PyTree]:
         return jnp.where(condition, jnp.asarray(new, old.dtype), old)
 
     def restarted(state, condition):
-        fresh = memory.first_state(inner, params, state)
         one_if = functools.partial(one, condition=condition)
         return jax.tree_util.tree_map_with_path(one_if, state, fresh)
 

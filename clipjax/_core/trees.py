@@ -98,12 +98,10 @@ def is_number(leaf: Any) -> bool:
 
 def arrays(tree: PyTree) -> PyTree:
     """Returns a tree without what no optimizer can remember anything of."""
-    return jax.tree.map(lambda x: x if is_array(x) else None, tree)
-
-
-def is_array(leaf: Any) -> bool:
-    """Tells whether a leaf is an array or a number, and not a function or a name."""
-    return _has_dtype(leaf) or isinstance(leaf, int | float | complex)
+    return jax.tree.map(
+        lambda x: x if _has_dtype(x) or isinstance(x, int | float | complex) else None,
+        tree,
+    )
 
 
 def _has_dtype(leaf: Any) -> bool:
