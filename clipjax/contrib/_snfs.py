@@ -86,13 +86,13 @@ def sparse_momentum(
         ...     optax.sgd(0.1), 0.5, total_steps=10, key=key, every=1
         ... )
         >>> update = jax.jit(tx.update)
-        >>> params = {"a": jnp.ones((2, 4)), "b": jnp.ones((2, 4))}
-        >>> grads = {"a": jnp.ones((2, 4)), "b": jnp.zeros((2, 4))}
+        >>> params = {"a": jnp.ones((2, 4)), "c": jnp.ones((2, 4))}
+        >>> grads = {"a": jnp.ones((2, 4)), "c": jnp.zeros((2, 4))}
         >>> state = tx.init(params)
         >>> for _ in range(2):
         ...     _, state = update(grads, state, params)
         >>> {p: float(share) for p, share in state.sparse.leaf_sparsity.items()}
-        {'a': 0.375, 'b': 0.625}
+        {'a': 0.375, 'c': 0.625}
 
     Reference:
         Tim Dettmers, Luke Zettlemoyer, Sparse Networks from Scratch: Faster Training
