@@ -105,9 +105,8 @@ def arrays(tree: PyTree) -> PyTree:
 
 
 def _has_dtype(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and not isinstance(
-        leaf, type
-    )  # `jnp.float32` has one
+    is_class = isinstance(leaf, type)  # such as `np.float32`
+    return hasattr(leaf, "dtype") and not is_class
 
 
 def is_function(value: Any) -> bool:

@@ -150,9 +150,7 @@ def unit_norm(
         >>> clipjax.norms.unit_norm(jnp.array([[3.0, 1.0], [4.0, 0.0]]), axis=0)
         Array([[5., 1.]], dtype=float32)
     """
-    x = trees.wide(x)
-    squares = jnp.sum(jnp.real(x * jnp.conj(x)), axis=axis, keepdims=True)
-    return root(sharding.over(lax.psum, squares, x, axis_name))
+    return root(_squares(x, axis, axis_name))
 
 
 def unit_rms(
@@ -166,10 +164,9 @@ def unit_rms(
         >>> clipjax.norms.unit_rms(jnp.array([[1.0, 2.0], [7.0, 2.0]]), axis=0)
         Array([[5., 2.]], dtype=float32)
     """
-    x = trees.wide(x)
-    squares = jnp.sum(jnp.real(x * jnp.conj(x)), axis=axis, keepdims=True)
+    squares = _squares(x, axis, axis_name)
     entries = x.size // max(squares.size, 1) * sharding.blocks(x, axis_name)
-    return root(sharding.over(lax.psum, squares, x, axis_name) / float(max(entries, 1)))
+    return root(squares / float(max(entries, 1)))
 
 
 def unit_inf_norm(
@@ -278,6 +275,13 @@ def unit_norms(
     """
     spans = {path: _counted(x, axes[path]) for path, x in leaves.items()}
     return rows(euclidean(leaves, spans, axis_name))
+
+
+def _squares(x: Array, axis: Axes | None, axis_name: AxisName) -> Array:
+    """Returns the sum of the squares of every unit, on all devices."""
+    x = trees.wide(x)
+    squares = jnp.sum(jnp.real(x * jnp.conj(x)), axis=axis, keepdims=True)
+    return sharding.over(lax.psum, squares, x, axis_name)
 
 
 def _counted(x: Array, axis: Axes | None) -> tuple[int, ...]:
