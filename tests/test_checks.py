@@ -1,5 +1,6 @@
 """What users are told when an argument cannot be right: which, why, and what to do."""
 
+import functools
 import pathlib
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import clipjax
 from clipjax import (
     allocations,
+    contrib,
     latents as reparametrizations,
     masks,
     patterns,
@@ -83,6 +85,21 @@ def test_arguments_of_sparsify(arguments, message):
 def test_eps_is_positive():
     with pytest.raises(ValueError, match=r"^eps must be positive, but is 0"):
         clipjax.adaptive_grad_clip(0.1, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("factory", "name"),
+    [
+        (clipjax.sparsify, "sparsity"),
+        (functools.partial(clipjax.latent, optax.identity()), "sparsity"),
+        (functools.partial(contrib.zclip, warmup=2), "decay"),
+    ],
+)
+def test_a_share_that_was_rounded_is_told(factory, name):
+    """As `optax.inject_hyperparams` does it, by the dtype of the parameters."""
+    tx = optax.inject_hyperparams(factory)(**{name: 0.999})
+    with pytest.raises(ValueError, match=f"{name}.*0.999 to 1.*hyperparam_dtype"):
+        tx.init({"kernel": jnp.ones((2, 2), jnp.bfloat16)})
 
 
 # Wrong types: these tests run under a type checker, which users do not

@@ -124,10 +124,11 @@ def test_every_mask_has_the_exact_number(allocation):
     params, grads = normal(SHAPES), normal(SHAPES, seed=1)
     history, _ = train(tx, params, grads, steps=11)
     for index, after in enumerate(history):
+        share = 1 if index == 9 else index / 10  # the last update but one meets the end
         if allocation is allocations.uniform:
-            expected = sum(n - kept(n, index / 10) for n in SIZES.values())
+            expected = sum(n - kept(n, share) for n in SIZES.values())
         else:
-            expected = 154 - max(kept(154, index / 10), 2)
+            expected = 154 - max(kept(154, share), 2)
         assert sum(zeros(after).values()) == expected
 
 
@@ -138,11 +139,11 @@ def test_the_cubic_ramp():
     params, grads = normal(SHAPES), normal(SHAPES, seed=1)
     history, state = train(chain, params, grads, steps=32)
     for step, after in enumerate(history):
-        due = step - step % 5
+        due = step - step % 5 if step < 24 else 25  # the last one meets the end
         share = 0.9 - 0.8 * (1 - min(max(due - 5, 0), 20) / 20) ** 3
         assert zeros(after) == {p: n - kept(n, share) for p, n in SIZES.items()}
     assert state[-1].step == 32
-    assert state[-1].mask_age == 2
+    assert state[-1].mask_age == 3
 
 
 @each_storage
@@ -168,7 +169,42 @@ def test_a_falling_sparsity_lets_entries_return():
     tx = optax.chain(optax.sgd(0.05), clipjax.sparsify(fall))
     history, _ = train(tx, normal(SMALL), normal(SMALL, seed=1), steps=5)
     counts = [zeros(after)["a/kernel"] for after in history]
-    assert counts[0] == counts[1] == 80 > counts[4] + 40
+    assert counts == [80, 20, 20, 20, 20]  # what returns starts at zero, and moves
+
+
+RAMPS = {
+    "linear": optax.linear_schedule(0.0, 0.9, 10),
+    "cubic": optax.polynomial_schedule(0.2, 0.9, 3, 7, transition_begin=3),
+    "steps": optax.piecewise_constant_schedule(0.3, {4: 2, 10: 1.5}),
+}
+METHODS = {
+    "sparsify": clipjax.sparsify,
+    "sparse": functools.partial(clipjax.sparse, optax.sgd(0.1)),
+    "latent": functools.partial(clipjax.latent, optax.sgd(0.1)),
+    "rigl": functools.partial(
+        clipjax.rigl,
+        optax.sgd(0.1),
+        total_steps=10,
+        key=jax.random.key(0),
+        allocation=allocations.uniform,
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "ramp", "every"),
+    [
+        ("sparsify", "linear", 100),
+        ("sparsify", "steps", 4),
+        ("sparse", "cubic", 4),
+        ("latent", "linear", 100),
+        ("rigl", "cubic", 100),
+    ],
+)
+def test_a_training_as_long_as_its_ramp_ends_at_the_last_value(method, ramp, every):
+    tx, params = METHODS[method](RAMPS[ramp], every=every), normal(SMALL)
+    _, state = train(tx, params, normal(SMALL, seed=1), steps=10)
+    assert optax.tree.get(state, "total_sparsity") == pytest.approx(0.9, abs=0.01)
 
 
 def test_a_mask_that_a_wrapper_discards_is_made_up_for():

@@ -30,6 +30,7 @@ def not_negative(**values: Any) -> None:
 
 def between(_low: int | float, _high: int | float, **values: Any) -> None:
     """Raises unless every value lies in [low, high]."""
+    _not_narrow(values)
     for name, value in _concrete(values):
         if not _low <= value <= _high:
             raise ValueError(
@@ -39,6 +40,7 @@ def between(_low: int | float, _high: int | float, **values: Any) -> None:
 
 def below_one(**values: Any) -> None:
     """Raises unless every value lies in [0, 1)."""
+    _not_narrow(values)
     for name, value in _concrete(values):
         if not 0 <= value < 1:
             raise ValueError(
@@ -181,6 +183,17 @@ def _concrete(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
                 f" {value!r} of type {type(value).__name__}."
             )
         yield name, value if isinstance(value, numbers.Number) else value.item()
+
+
+def _not_narrow(values: dict[str, Any]) -> None:
+    """Raises where a share may have been rounded: 0.999 is 1 in bfloat16."""
+    for name, value in values.items():
+        if isinstance(value, Array) and value.dtype in (jnp.bfloat16, jnp.float16):
+            raise ValueError(
+                f"{name} must be float32, but is {value.dtype}, which rounds 0.999 to"
+                f" {float(jnp.asarray(0.999, value.dtype))}. Under"
+                " `optax.inject_hyperparams`, pass `hyperparam_dtype=jnp.float32`."
+            )
 
 
 def _static(name: str, value: Any, kind: str) -> None:

@@ -161,7 +161,7 @@ def rigl(
 
     start = AtRandom(sparsity, key, allocation, axis_name)
     rule = Moving(start, annealed(drop_fraction, end), by_gradient=True)
-    store = Store(_until(end, every), where, storage, axis_name)
+    store = Store(_until(end, every), where, storage, axis_name, sparsity)
     check.at_least(1, every=every)
     return masked(inner, rule, store, name="rigl", elementwise=elementwise)
 

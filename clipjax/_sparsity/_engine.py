@@ -101,7 +101,7 @@ def masked(
         read, after, inner_state, made = store.change(
             state.sparse._replace(score_memory=now.memory),
             leaves,
-            is_due(state.sparse, store.every),
+            is_due(state.sparse, store.every, store.sparsity),
             make,
             other=state.sparse_inner,
             updates=moves,

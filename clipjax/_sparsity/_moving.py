@@ -27,7 +27,7 @@ from ..selection._counts import Count
 from ..selection._keys import Magnitude
 from ..selection._select import Marking, apart, in_turns
 from ._ranked import Now
-from ._store import Leaves, Masks
+from ._store import Leaves, Masks, target
 
 RandomKey = Key[Array, ""] | UInt32[Array, " 2"]
 
@@ -83,7 +83,7 @@ class AtRandom:
 
     def kept(self, now: Now) -> Int[Array, " arrays"]:
         """Returns how many entries every layer keeps."""
-        share = jnp.clip(trees.value_at(self.sparsity, now.step), 0, 1)
+        share = target(self.sparsity, now.step)
         shapes = whole_shapes(now.params.values(), self.axis_name)
         return numbers(self.allocation, list(now.params), shapes, share)
 

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from .. import allocations, norms, patterns, scores
-from .._core import checks as check, trees
+from .._core import checks as check
 from .._core.types import AxisName, Number, Schedule
 from ..allocations._budget import Scores
 from ..patterns._by_path import marks
-from ._store import Leaves, Masks
+from ._store import Leaves, Masks, target
 
 
 class Now(NamedTuple):
@@ -60,7 +60,7 @@ class Ranked:
         return marks(
             scored(self.score, now.memory, now.params, now.updates),
             now.params,
-            jnp.clip(trees.value_at(self.sparsity, now.step), 0, 1),
+            target(self.sparsity, now.step),
             pattern=self.pattern,
             allocation=self.allocation,
             axis_name=self.axis_name,

@@ -101,5 +101,5 @@ def sparse(
     where = masks.weights if where is None else where
     check_sees_gradients(score)
     rule = Ranked(sparsity, score, pattern, allocation, axis_name)
-    store = Store(every, where, storage, axis_name)
+    store = Store(every, where, storage, axis_name, sparsity)
     return masked(inner, rule, store, name="sparse", elementwise=elementwise)

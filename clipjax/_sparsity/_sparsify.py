@@ -31,9 +31,11 @@ def sparsify(
     bit, in every dtype.  Anything after it in the chain would move the zeros.
 
     A mask is made from the parameters at the start of a step, and is used until `every`
-    steps are over.  If a wrapper discards the step that makes a mask, the next step
-    makes it.  With a magnitude score a pruned entry stays pruned unless the sparsity
-    falls.  A NaN ranks lowest, but NaN + (-NaN) is NaN: it stays NaN.
+    steps are over, or until a schedule of the sparsity comes to rest: after as many
+    updates as a ramp has steps its end is met, whatever `every` is.  If a wrapper
+    discards the step that makes a mask, the next step makes it.  With a magnitude score
+    a pruned entry stays pruned unless the sparsity falls.  A NaN ranks lowest, but
+    NaN + (-NaN) is NaN: it stays NaN.
 
     An update that is narrower than its parameter is returned in the parameter's dtype,
     since a rounded -θ would not cancel θ.  `optax.apply_if_finite` refuses such a
@@ -89,7 +91,7 @@ def sparsify(
     allocation = allocations.uniform if allocation is None else allocation
     where = masks.weights if where is None else where
     rule = Ranked(sparsity, score, pattern, allocation, axis_name)
-    store = Store(every, where, storage, axis_name)
+    store = Store(every, where, storage, axis_name, sparsity)
 
     def init(params):
         return store.init(params, rule.init(trees.chosen(params, where)))
@@ -104,7 +106,7 @@ def sparsify(
         read, state = store.next(
             state._replace(score_memory=now.memory),
             leaves,
-            is_due(state, every),
+            is_due(state, store.every, store.sparsity),
             lambda old: rule.masks(now, old),
         )
         return trees.map_by_path(emit.kept, updates, leaves, read()), state

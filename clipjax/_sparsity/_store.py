@@ -50,6 +50,7 @@ class Store:
     where: Where
     storage: masks.Storage
     axis_name: AxisName
+    sparsity: Number | Schedule | None = None  # whose end is not waited for
 
     def __post_init__(self) -> None:
         check.at_least(1, every=self.every)
@@ -167,10 +168,37 @@ def check_storage(name: str, storage: masks.Storage) -> None:
         )
 
 
-def is_due(state: SparsifyState, every: Number | Schedule) -> Bool[Array, ""]:
-    """Tells whether masks are as old as they may get."""
+def is_due(
+    state: SparsifyState,
+    every: Number | Schedule,
+    sparsity: Number | Schedule | None = None,
+) -> Bool[Array, ""]:
+    """Tells whether masks are as old as they may get, or a schedule has come to rest.
+
+    That is where the next step wants the same, but the masks were made for another
+    sparsity: a ramp is not left at the value that it had `every` steps before its end.
+    """
     steps = jnp.minimum(trees.value_at(every, state.step), 2.0**30)  # fits an int32
-    return (state.mask_age == NEVER) | (state.mask_age >= steps.astype(jnp.int32))
+    due = (state.mask_age == NEVER) | (state.mask_age >= steps.astype(jnp.int32))
+    if callable(sparsity):
+        made, now, later = (
+            target(sparsity, state.step + n) for n in (-state.mask_age, 0, 1)
+        )
+        due |= (now == later) & (now != made)
+    return due
+
+
+def target(sparsity: Number | Schedule, step: Int[Array, ""]) -> Float[Array, ""]:
+    """Returns the sparsity of a mask: a schedule's now, or its next if it rests there.
+
+    So a training that ends where the schedule does ends at its last value.
+    """
+    if not callable(sparsity):
+        return jnp.clip(trees.value_at(sparsity, step), 0, 1)
+    steps = step + jnp.arange(3)  # at once, or the schedule would be written thrice
+    values = jax.vmap(lambda step: trees.value_at(sparsity, step))(steps)
+    now, following, later = jnp.clip(values, 0, 1)
+    return jnp.where(following == later, following, now)
 
 
 def hidden(leaf: Any, mask: Bool[Array, "..."] | Packed) -> Array:

@@ -86,7 +86,7 @@ def sparse_evolutionary(
     check_storage("sparse_evolutionary", storage)
     start = AtRandom(sparsity, key, allocation, axis_name)
     rule = Moving(start, drop_fraction, by_gradient=False)
-    store = Store(every, where, storage, axis_name)
+    store = Store(every, where, storage, axis_name, sparsity)
     return masked(
         inner, rule, store, name="sparse_evolutionary", elementwise=elementwise
     )

@@ -24,6 +24,7 @@ from .._sparsity._store import (
     is_due,
     measured,
     pack,
+    target,
     unpack,
 )
 from ..allocations import Allocation
@@ -129,7 +130,9 @@ class Masking:
     ) -> tuple[SparsifyState, Leaves]:
         """Returns the masks after a step, made anew if they are due."""
         old = state.latent_masks
-        due = known & is_due(old, self.every) if self.stores else known
+        due = known
+        if self.stores:
+            due &= is_due(old, self.every, self.sparsity)
 
         def hold():
             shares = old.leaf_sparsity
@@ -183,7 +186,7 @@ class Masking:
         elif self.sparsity is None:
             kept = {p: masks.nonzero(w) for p, w in weights.items()}
         else:
-            share = jnp.clip(trees.value_at(self.sparsity, step), 0, 1)
+            share = target(self.sparsity, step)
             kept = self._selected(self._favoring(kept, ranks, step), weights, share)
         explored = {}
         if self.rule.backward_sparsity is not None:
