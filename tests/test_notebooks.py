@@ -1,8 +1,10 @@
 """The notebooks: they run, they are short, and they are kept as they ran."""
 
 import ast
+import importlib.util
 import os
 import pathlib
+import subprocess
 
 import nbformat
 import pytest
@@ -100,4 +102,19 @@ def test_outputs_are_kept_and_metadata_is_not(path):
 @each_notebook
 def test_it_opens_on_colab(path):
     assert f"blob/main/notebooks/{path.name}" in cells(path, "markdown")[0].source
-    assert "find_spec" in cells(path)[0].source  # installs only what is missing
+
+
+@each_notebook
+def test_it_installs_the_checkout_that_it_lies_in(path, monkeypatch, tmp_path):
+    """Or says which line to set, where there is none."""
+    ran = []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(subprocess, "run", lambda words, check: ran.append(words))
+    first = cells(path)[0].source
+    monkeypatch.chdir(path.parent)
+    exec(first, {})
+    assert ran[0][-1] == f"{ROOT}[train]"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="set `source` to a checkout"):
+        exec(first, {})
+    assert len(ran) == 1
