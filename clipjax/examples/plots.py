@@ -17,18 +17,24 @@ _OTHERS = ("tab:green", "tab:red", "tab:purple", "tab:brown", "tab:gray")
 Panels = Mapping[str, Mapping[str, Sequence[float] | np.ndarray]]
 
 
-def training(history: History, *, title: str = "") -> Figure:
+def training(
+    history: History, *, title: str = "", dense_loss: np.ndarray | None = None
+) -> Figure:
     """Draws loss, gradient norm with its threshold, and sparsity against the steps.
 
     Args:
         history: arrays with one entry for each step, as `train.joined` returns them;
             `loss` and `norm` are needed, `threshold` and `sparsity` are drawn if given.
         title: the title of the picture.
+        dense_loss: the loss of the same network without pruning, for comparison.
     """
     figure = Figure(figsize=(8, 8), layout="constrained")
     loss, norm, sparsity = figure.subplots(3, sharex=True)
-    loss.set_title(title)
-    _curve(loss, history["loss"], label="loss")
+    loss.set_title(title, parse_math=False)  # a $ may be in the name of a folder
+    if dense_loss is not None:
+        _curve(loss, dense_loss, label="dense", color=_ORANGE)
+    _curve(loss, history["loss"], label="sparse" if "sparsity" in history else "dense")
+    loss.set_ylabel("loss")
     _norms(norm, history)
     _sparsities(sparsity, history)
     sparsity.set_xlabel("step")
@@ -126,7 +132,8 @@ def png(figure: Figure) -> bytes:
 
 def _norms(axes: Axes, history: History) -> None:
     norm = history["norm"]
-    _curve(axes, norm, label="gradient norm")
+    axes.plot(_steps(norm), norm, color=_BLUE, linewidth=0.9, label="before the clip")
+    axes.set_ylabel("gradient norm")
     seen = norm[np.isfinite(norm) & (norm > 0)]
     if seen.size:  # what a threshold does before it knows any norm is of no interest
         axes.set_ylim(seen.min() / 1.5, seen.max() * 1.5)
@@ -137,7 +144,7 @@ def _norms(axes: Axes, history: History) -> None:
     if "threshold" in history:
         bound = history["threshold"]
         bound = np.where(np.isfinite(bound), bound, np.nan)  # gaps, not cliffs
-        axes.plot(_steps(bound), bound, color=_RED, linewidth=1.2, label="threshold")
+        axes.plot(_steps(bound), bound, color=_RED, linewidth=1.5, label="threshold")
 
 
 def _sparsities(axes: Axes, history: History) -> None:
@@ -152,15 +159,14 @@ def _sparsities(axes: Axes, history: History) -> None:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
 
 
-def _curve(axes: Axes, values: np.ndarray, *, label: str) -> None:
+def _curve(axes: Axes, values: np.ndarray, *, label: str, color: str = _BLUE) -> None:
     """The values in a pale line, and their running mean in a strong one."""
     width = max(len(values) // 100, 1)
     mean = np.convolve(values, np.ones(width) / width, mode="valid")
     middle = np.arange(len(mean)) + (width + 1) / 2
-    axes.plot(_steps(values), values, color=_BLUE, alpha=0.3, linewidth=0.8)
+    axes.plot(_steps(values), values, color=color, alpha=0.3, linewidth=0.8)
     label = label if width == 1 else f"{label} (mean of {width} steps)"
-    axes.plot(middle, mean, color=_BLUE, label=label)
-    axes.set_ylabel(label.partition(" (")[0])
+    axes.plot(middle, mean, color=color, label=label)
 
 
 def _line(
