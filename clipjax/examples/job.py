@@ -2,14 +2,16 @@
 
 import functools
 import math
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import PyTree
 from tqdm.auto import tqdm
 
 from .. import allocations, masks, report, sparsify
@@ -67,6 +69,16 @@ def chain(plan: Plan, *, sparsity: float) -> optax.GradientTransformationExtraAr
     )
 
 
+def room(plan: Plan) -> int:
+    """About how many bytes the files of a training take, without its history.
+
+    Args:
+        plan: what to train, and how.
+    """
+    shapes = _shapes(plan).values()
+    return 500_000 + sum(x.size * x.dtype.itemsize for x in shapes)
+
+
 def selected_sparsity(plan: Plan, sparsity: float) -> float:
     """The sparsity of the pruned leaves that gives all parameters a sparsity.
 
@@ -76,8 +88,7 @@ def selected_sparsity(plan: Plan, sparsity: float) -> float:
         plan: what to train, and how.
         sparsity: the share of zeros among all parameters.
     """
-    make = functools.partial(plan.net.init, shape=plan.dataset.shape)
-    shapes = trees.by_path(jax.eval_shape(make, jax.random.key(0)))
+    shapes = _shapes(plan)
     leaves = {path: jnp.zeros(x.shape, x.dtype) for path, x in shapes.items()}
     whole = sum(leaf.size for leaf in leaves.values())
     pruned = sum(x.size for path, x in leaves.items() if masks.weights(path, x))
@@ -94,6 +105,9 @@ def selected_sparsity(plan: Plan, sparsity: float) -> float:
 def follow(plan: Plan, *, sparsity: float, stop: Callable[[], bool]) -> train.Trained:
     """Trains as planned, under a bar that shows how it goes.
 
+    It ends after a part whose last loss, or whose parameters, are not finite, and
+    returns parameters from before: `steps` is then less than the steps in `history`.
+
     Args:
         plan: what to train, and how.
         sparsity: the final share of zeros in the pruned leaves; 0 prunes nothing.
@@ -102,27 +116,46 @@ def follow(plan: Plan, *, sparsity: float, stop: Callable[[], bool]) -> train.Tr
     tx = chain(plan, sparsity=sparsity)
     first, later = jax.random.split(jax.random.key(plan.seed))
     run = train.loop(plan.net, tx, shift=plan.shift)
-    orders = train.shuffles(
-        len(plan.dataset.train.labels),
-        batch_size=plan.batch_size,
-        epochs=plan.epochs,
-        seed=plan.seed,
-    )
-    state = train.start(plan.net, tx, shape=plan.dataset.shape, key=first)
-    parts = train.fit(run, state, plan.dataset.train, orders=orders, key=later)
-    logs, validation = [], {}
+    orders = _orders(plan)
+    logs, validation, failed = [], {}, False
     with _bar(plan, "sparse" if sparsity else "dense") as bar:
+        state = train.start(plan.net, tx, shape=plan.dataset.shape, key=first)
+        kept = now = state.params, 0
+        parts = train.fit(run, state, plan.dataset.train, orders=orders, key=later)
         for state, log in parts:
             logs.append(log)
             bar.set_postfix_str(_words(log), refresh=False)
             bar.update(len(log["loss"]))
+            if np.isfinite(log["loss"][0]):
+                kept = now  # this was their loss
+            now = state.params, int(bar.n)
             if bar.n % plan.steps_per_epoch == 0:
                 validation[bar.n] = train.accuracy(
                     plan.net, state.params, plan.dataset.validation
                 )
-            if stop():
+            failed = not _is_finite([state.params, log["loss"][-1]])
+            if failed or stop():
                 break
-    return train.Trained(state.params, train.joined(logs), validation)
+    params, steps = kept if failed else now
+    return train.Trained(params, train.joined(logs), validation, steps)
+
+
+def failure(trained: train.Trained, *, label: str) -> str:
+    """One line about a training whose numbers stopped being finite; else nothing.
+
+    Args:
+        trained: the result.
+        label: what was trained.
+    """
+    loss = trained.history["loss"]
+    if trained.steps == len(loss):
+        return ""
+    infinite = np.flatnonzero(~np.isfinite(loss))
+    what = f"loss at step {infinite[0] + 1}" if infinite.size else "last parameters"
+    return (
+        f"{label} training failed: its {what} is no finite number. Kept are the"
+        f" parameters after step {trained.steps}. Try a lower --learning-rate"
+    )
 
 
 def headline(plan: Plan) -> str:
@@ -170,22 +203,41 @@ def summary(plan: Plan, sparse: train.Trained, *, dense: train.Trained | None) -
     return "\n".join(said)
 
 
+def _shapes(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of the parameters, by path."""
+    make = functools.partial(plan.net.init, shape=plan.dataset.shape)
+    return trees.by_path(jax.eval_shape(make, jax.random.key(0)))
+
+
+def _orders(plan: Plan) -> Iterator[np.ndarray]:
+    return train.shuffles(
+        len(plan.dataset.train.labels),
+        batch_size=plan.batch_size,
+        epochs=plan.epochs,
+        seed=plan.seed,
+    )
+
+
+def _is_finite(tree: PyTree) -> bool:
+    return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
+
+
 def _bar(plan: Plan, label: str) -> tqdm:
     return tqdm(
         total=plan.steps_per_epoch * plan.epochs,
         desc=label,
-        unit="step",
-        dynamic_ncols=True,
+        postfix="compiling",  # until the first part is done
+        bar_format="{desc}: {percentage:3.0f}%|{bar}| {remaining}{postfix}",
+        ncols=min(shutil.get_terminal_size().columns, 80) - 1,
         mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file is not flooded
     )
 
 
 def _words(log: train.History) -> str:
     """What the bar says about the last part."""
-    said = [f"loss {log['loss'].mean():.3f}", f"accuracy {log['accuracy'].mean():.1%}"]
-    said.append(f"norm {log['norm'].mean():.2f}")
+    said = [f"loss {log['loss'].mean():.3g}", f"accuracy {log['accuracy'].mean():.0%}"]
     if "clipped_share" in log:
-        said.append(f"clipped {log['clipped_share'][-1]:.1%}")
+        said.append(f"clipped {log['clipped_share'][-1]:.0%}")
     if "sparsity" in log:
         said.append(f"sparsity {log['sparsity'][-1]:.1%}")
     return ", ".join(said)

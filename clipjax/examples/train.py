@@ -37,14 +37,16 @@ class Trained(NamedTuple):
     """What came out of a training.
 
     Args:
-        params: the parameters after the last step.
+        params: the parameters after `steps` steps.
         history: for every name in the logs, an array with an entry for each step.
         validation: the accuracy on the validation split, by the number of steps.
+        steps: how many steps made `params`: all of them, unless the training failed.
     """
 
     params: PyTree
     history: History
     validation: dict[int, float]
+    steps: int
 
 
 def start(
