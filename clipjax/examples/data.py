@@ -97,7 +97,8 @@ def idx_folder(folder: str | pathlib.Path) -> Dataset:
         )
     kept = len(train.labels) - len(train.labels) // 12
     first, last = (Split(*(part[rows] for part in train)) for rows in _cut(kept))
-    return Dataset(folder.resolve().name, first, last, test)
+    name = folder.resolve().name.encode(errors="replace").decode()  # not every name is
+    return Dataset(name, first, last, test)
 
 
 def read_idx(path: str | pathlib.Path) -> UInt8[np.ndarray, "..."]:

@@ -11,6 +11,9 @@ import pathlib
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
+from .. import __version__
+
+FOLDER = pathlib.Path("clipjax-run")
 MODELS = ["cnn", "lenet-300-100", "lenet-5", "transformer"]
 RATES = {"adam": 2e-3, "adamw": 2e-3, "lion": 3e-4, "sgd": 0.1}
 
@@ -22,8 +25,8 @@ that come with scikit-learn and a minute."""
 
 _FILES = """\
 The output folder gets model.safetensors (the parameters), metrics.jsonl (a line for
-each step) and training.png (loss, gradient norm, sparsity). Ctrl-C ends the training
-early and saves what was trained so far; a second one ends at once.
+each step) and training.png (loss, gradient norm, sparsity). Ctrl-C or SIGTERM ends
+the training early and saves what was trained so far; a second one ends at once.
 
 examples:
   python -m clipjax train
@@ -43,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     main = _Parser(
         prog="python -m clipjax", description="Keep training stable, models sparse."
     )
+    main.add_argument("--version", action="version", version=f"clipjax {__version__}")
     commands = main.add_subparsers(metavar="COMMAND", required=True)
     train = commands.add_parser(
         "train",
@@ -119,7 +123,7 @@ def _add_how(group: argparse._ArgumentGroup) -> None:
         help="augment: move each training image at random by up to this many pixels,"
         " down and across; 0 leaves the images alone (default: 1)",
     )
-    group.add_argument("--seed", metavar="N", type=_whole, default=0, help="default: 0")
+    group.add_argument("--seed", metavar="N", type=_seed, default=0, help="default: 0")
 
 
 def _add_output(group: argparse._ArgumentGroup) -> None:
@@ -127,9 +131,13 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         "--output",
         metavar="FOLDER",
         type=pathlib.Path,
-        default=pathlib.Path("clipjax-run"),
-        help="where to write; files of an earlier run are replaced (default:"
-        " clipjax-run)",
+        help=f"where to write (default: {FOLDER}, or {FOLDER}-2 and so on if that is"
+        " there already)",
+    )
+    group.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the files of an earlier run in the output folder",
     )
     group.add_argument(
         "--no-dense",
@@ -155,6 +163,11 @@ def _whole(text: str) -> int:
     return _number(text, int, lambda x: x >= 0, wanted="a whole number from 0")
 
 
+def _seed(text: str) -> int:
+    wanted = "a whole number from 0 to 4294967295"
+    return _number(text, int, lambda x: 0 <= x < 2**32, wanted=wanted)
+
+
 def _clip(text: str) -> str | float:
     if text in ("adaptive", "none"):
         return text
@@ -165,7 +178,7 @@ def _clip(text: str) -> str | float:
 def _number(
     text: str, kind: Callable[[str], _N], fits: Callable[[_N], bool], *, wanted: str
 ) -> _N:
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, OverflowError):  # more than a float holds
         value = kind(text)
         if math.isfinite(value) and fits(value):
             return value
