@@ -90,11 +90,11 @@ What a reader visits, from the factory to the traced update:
 
 Simulated norms, lognormal with σ = 0.1 about 1, through each transform as it is, with
 its defaults if not said otherwise (but no `max_norm`). Norms are the worst of five
-runs, shares and times their mean. The parameters' norm is 100 where a spike comes in
-the first five steps, and else 10⁴: the first threshold of `adaptive_clip` is a
-hundredth of it. A level has passed when 50 steps come out at nine tenths on average. A
-NaN passes through where the policy is to propagate it, the default of all but
-`adaptive_clip`; the last column is the largest change of the 100 norms after it.
+runs, shares and times their mean. `adaptive_clip`, which alone reads the parameters,
+has none, or some of norm 1, 100 and 10⁴, and its worst figures are shown. A level has
+passed when 50 steps come out at nine tenths on average. A NaN passes through where the
+policy is to propagate it, the default of all but `adaptive_clip`; the last column is
+the largest change of the 100 norms after it.
 
 {behavior}
 """,

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import clipjax
+from benchmarks import behavior
 from clipjax.thresholds import WindowedQuantile
 from helpers import assert_same, normal, x64
 
@@ -44,14 +45,23 @@ def usual(count=300, *, level=1.0, seed=0):
     return level * np.exp(np.random.default_rng(seed).normal(0, 0.1, count))
 
 
-def reference(norms, *, first, quantile=0.9, factor=1.05, growth=3.0, window=64):
+def likely(norms):
+    """The threshold by recent norms: max(m·min(r^1.8, (2.1/r)⁶), s), r = Q₀.₉/m."""
+    middle, high = np.quantile(norms, [0.5, 0.9], method="nearest")
+    ratio = high / middle
+    times = min(ratio**1.8, (2.1 / ratio) ** 6)
+    return max(middle * times, np.quantile(norms[-16:], 0.5, method="nearest"))
+
+
+def reference(norms, *, first, factor=1.0, growth=5.0, window=128):
     """The rule in plain Python: outgoing norms and thresholds."""
     history, out, thresholds = [], [], []
     for norm in norms:
         recent = history[-window:]
-        bound = factor * np.quantile(recent, quantile) if recent else first
+        bound = factor * likely(recent) if recent else first
+        most = bound if recent else min(bound, 0.01 * norm)
         thresholds.append(bound if np.isfinite(norm) else thresholds[-1])
-        out.append(min(norm, bound) if np.isfinite(norm) else 0.0)
+        out.append(min(norm, most) if np.isfinite(norm) else 0.0)
         if np.isfinite(norm) and norm > 0:
             history.append(min(norm, growth * bound))
     return np.array(out), np.array(thresholds)
@@ -80,9 +90,8 @@ ROUGH[[3, 90, 91, 250]] = [np.inf, np.nan, np.nan, np.inf]
     "options",
     [
         {},
-        {"quantile": 0.5, "factor": 2.0, "growth": 10.0, "window": 16},
-        {"quantile": 1.0, "window": 2},
-        {"quantile": 0.0, "factor": 3.0, "window": 5},
+        {"factor": 2.0, "growth": 3.0, "window": 20},
+        {"window": 2},
     ],
 )
 def test_it_is_its_rule(options):
@@ -91,6 +100,18 @@ def test_it_is_its_rule(options):
     expected = reference(ROUGH, first=1.0, **options)
     np.testing.assert_allclose(out, expected[0], rtol=2e-5)
     np.testing.assert_allclose(thresholds, expected[1], rtol=2e-5)
+
+
+# What is asked of it
+
+
+@pytest.mark.parametrize("param_norm", [1e4, None])
+def test_it_keeps_what_is_asked_whatever_the_parameters(param_norm):
+    """Spikes, bursts, rises, falls and NaN, as `benchmarks.behavior` counts them."""
+    figures = behavior.figures(DEFAULT, param_norm)
+    for (column, asked), found in zip(behavior.COLUMNS.items(), figures, strict=True):
+        most = float(asked.strip("≤ %")) / (100 if "%" in asked else 1)
+        assert found <= most, f"{column}: {found}"
 
 
 # Relative to the parameters
@@ -102,15 +123,16 @@ def test_units_are_bounded_by_their_parameters():
     params["dense/bias"] = jnp.zeros(5)
     params["out/kernel"] = params["out/kernel"] * jnp.array([[0.0, 1.0, 100.0]])
     tx = clipjax.adaptive_clip(start=1e6, ratio=0.02)
-    out, state = jax.jit(tx.update)(updates, tx.init(params), params)
-    expected = bounded(updates, params)
+    update, expected = jax.jit(tx.update), bounded(updates, params)
+    _, first = update(updates, tx.init(params), params)
+    out, state = update(updates, first, params)
     for path in shapes:
         np.testing.assert_allclose(out[path], expected[path], rtol=2e-6)
     left = np.sqrt(sum((leaf**2).sum() for leaf in expected.values()))
     np.testing.assert_allclose(state.threshold_memory[1][""][0], left, rtol=1e-6)
     np.testing.assert_allclose(state.clip.norm, optax.tree.norm(updates), rtol=1e-6)
     np.testing.assert_allclose(state.clip.clipped_norm, left, rtol=1e-6)
-    assert state.clip.clipped_steps == 1
+    assert state.clip.clipped_steps == 2
 
 
 def test_a_rise_never_leads_beyond_the_parameters():
@@ -127,7 +149,9 @@ def test_stacked_layers_are_apart():
     updates = {"kernel": jnp.stack([normal((4, 3), seed=9 + i) for i in range(3)])}
     updates["kernel"] = updates["kernel"].at[1].multiply(1e3)
     tx = clipjax.adaptive_clip(start=1e6, ratio=0.02, stacked=0)
-    out, _ = jax.jit(tx.update)(updates, tx.init(params), params)
+    update = jax.jit(tx.update)
+    _, state = update(updates, tx.init(params), params)
+    out, _ = update(updates, state, params)
     for layer, own, got in zip(
         *(t["kernel"] for t in (updates, params, out)), strict=True
     ):
@@ -143,8 +167,9 @@ def test_stacked_layers_are_apart():
 def test_ordinary_steps_pass_bit_for_bit():
     norms = usual(600)
     out, thresholds, state = fed(norms)
-    within = np.float32(norms) < thresholds
-    assert (out[64:] < norms[64:] * (1 - 1e-6)).mean() < 0.08
+    within = np.float32(norms) <= thresholds
+    within[0] = False  # of which nothing is known
+    assert (out[64:] < norms[64:] * (1 - 1e-6)).mean() < 0.05
     np.testing.assert_allclose(out[within], norms[within], rtol=3e-7)
     assert state.clip.clipped_steps == (~within).sum()
 
@@ -154,23 +179,24 @@ def test_within_the_threshold_every_bit_passes(dtype):
     with x64(dtype == "float64"):
         params = {"w": jnp.full((50,), 1000, dtype)}
         updates = {"w": normal((50,), dtype=dtype) / jnp.asarray(8, dtype)}
-        state, step = DEFAULT.init(params), jax.jit(DEFAULT.update)
+        step = jax.jit(DEFAULT.update)
+        _, state = step(updates, DEFAULT.init(params), params)
         for _ in range(3):
             passed, state = step(updates, state, params)
             assert_same(passed, updates, rtol=0)
-        assert state.clip.clipped_steps == 0
+        assert state.clip.clipped_steps == 1
 
 
 def test_a_constant_norm_passes():
     out, thresholds, _ = fed(np.full(100, 3.0))
-    np.testing.assert_allclose(out, 3, rtol=1e-6)
-    np.testing.assert_allclose(thresholds[1:], 1.05 * 3, rtol=1e-6)
+    np.testing.assert_array_equal(out[1:], 3)
+    np.testing.assert_array_equal(thresholds[1:], 3)
 
 
 def test_a_slow_fall_and_rise_pass():
     ramp = np.concatenate([np.geomspace(1, 0.01, 500), np.geomspace(0.01, 1, 500)])
     out, _, _ = fed(ramp)
-    np.testing.assert_allclose(out, ramp, rtol=0.05)
+    np.testing.assert_allclose(out[1:], ramp[1:], rtol=0.05)
 
 
 # What does not
@@ -244,43 +270,48 @@ def test_a_fall_does_not_make_the_next_rise_slower():
     falls = [usual(100), usual(100, level=1e-3, seed=1), usual(100, level=1, seed=2)]
     norms = np.concatenate(falls)
     out, _, _ = fed(norms)
-    assert (out[245:] >= 0.9 * norms[245:]).mean() > 0.9
+    assert (out[245:] >= 0.85 * norms[245:]).mean() > 0.9
 
 
 # The first steps
 
 
 @pytest.mark.parametrize("norm", [1.0, 1e6, 1e30, 1e36])
-def test_the_first_step_is_bounded_by_the_parameters(norm):
-    out, thresholds, _ = fed([norm], param_norm=10.0)
-    np.testing.assert_allclose(thresholds, 0.1, rtol=1e-6)
-    np.testing.assert_allclose(out, 0.1, rtol=1e-6)
+@pytest.mark.parametrize("param_norm", [10.0, 1e4])
+def test_the_first_step_is_held_back_and_the_next_ones_grow(norm, param_norm):
+    """By the parameters, and to a hundredth of what it is."""
+    out, thresholds, _ = fed([norm, norm], param_norm=param_norm)
+    first = 0.01 * param_norm
+    np.testing.assert_allclose(thresholds[0], first, rtol=1e-6)
+    np.testing.assert_allclose(out[0], min(first, 0.01 * norm), rtol=1e-6)
+    np.testing.assert_allclose(out[1], min(5 * first, norm), rtol=1e-6)
 
 
 def test_parameters_at_zero_can_move():
-    params, grads = {"w": jnp.zeros(2)}, {"w": jnp.array([3.0, 4.0])}
+    params, grads = {"w": jnp.zeros(2)}, {"w": jnp.array([3e-5, 4e-5])}
     tx = clipjax.adaptive_clip(start=0.5)
-    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
-    assert_same(updates, {"w": jnp.array([3e-4, 4e-4])})
-    tx = clipjax.adaptive_clip(start=0.5, ratio=0.02)
-    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
-    assert_same(updates, {"w": jnp.array([1.2e-5, 1.6e-5])})
+    update = jax.jit(tx.update)
+    updates, state = update(grads, tx.init(params), params)
+    assert_same(updates, {"w": jnp.array([3e-7, 4e-7])})
+    assert_same(update(grads, state, params)[0], grads, rtol=0)
 
 
-def test_without_parameters_the_first_step_passes():
+def test_without_parameters_the_first_step_is_a_hundredth():
     tx = clipjax.adaptive_clip()
     updates = {"w": jnp.array([3e6, 4e6])}
     passed, state = tx.update(updates, tx.init(updates))
-    assert_same(passed, updates, rtol=0)
+    assert_same(passed, {"w": jnp.array([3e4, 4e4])})
     again, _ = tx.update({"w": jnp.array([3e9, 4e9])}, state)
-    np.testing.assert_allclose(again["w"], [3.15e6, 4.2e6], rtol=1e-6)
+    assert_same(again, updates)
 
 
-@pytest.mark.parametrize("level", [1e-6, 1.0, 1e3, 1e5])
-def test_any_scale_is_found_in_a_few_steps(level):
+@pytest.mark.parametrize(
+    ("level", "patience"), [(1e-6, 5), (1.0, 10), (1e3, 30), (1e5, 70)]
+)
+def test_any_scale_is_found(level, patience):
     out, _, _ = fed(usual(100, level=level), param_norm=10.0)
     norms = usual(100, level=level)
-    assert (out[20:] >= 0.9 * norms[20:]).mean() > 0.9
+    assert (out[patience:] >= 0.9 * norms[patience:]).mean() > 0.8
 
 
 def test_a_bad_first_step_is_forgotten():

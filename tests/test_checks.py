@@ -48,8 +48,6 @@ def test_what_can_be_right_is_taken(value):
 
 
 ADAPTIVE = [
-    ({"quantile": 1.5}, "quantile must lie between 0 and 1, but is 1.5"),
-    ({"quantile": -0.1}, "quantile must lie between 0 and 1, but is -0.1"),
     ({"factor": 0.0}, "factor must be positive, but is 0.0"),
     ({"growth": 0.9}, "growth must be at least 1, but is 0.9"),
     ({"start": 0}, "start must be positive, but is 0"),

@@ -59,6 +59,8 @@ class Bound:
             `responses`.
         start: the rule by the parameters that is the bound as long as a rule by the
             past knows no norm; not used where `update` gets no parameters.
+        first: the largest factor as long as a rule by the past knows no norm, in
+            [0, 1]; below one, a spike that comes first does not pass.
 
     Example:
         >>> import clipjax
@@ -71,6 +73,7 @@ class Bound:
     norm: Callable[..., Any] = norms.global_norm
     response: Response | Entrywise = responses.scale
     start: Relative | None = None
+    first: float = 1.0
 
     def __post_init__(self):
         """Checks the arguments."""
@@ -82,6 +85,8 @@ class Bound:
                 )
             if not isinstance(rule, Relative | History):
                 check.not_negative(threshold=rule)
+        if not 0 <= self.first <= 1:
+            raise ValueError(f"first must lie between 0 and 1, but is {self.first!r}.")
         if isinstance(self.scope, type) or not isinstance(self.scope, Scope):
             check.has_method("part", scope=self.scope)
         if not callable(self.response):
@@ -606,6 +611,7 @@ def _compared(
         return _by_label(update, bound, labels, norm, memory, weights)
     rule = trees.at_step(bound.rule(label), update.step)
     past, each = None, jax.vmap
+    is_first: Any = None
     if isinstance(rule, Relative):
         limit = rule.of(weights())
     elif isinstance(rule, History):
@@ -614,9 +620,10 @@ def _compared(
         else:
             past, each = memory[label], lambda function: function
         limit = each(rule.threshold)(past, trees.single(norm))
+        is_first = jnp.isinf(limit)
         if bound.start is not None and update.params is not None:
             start = trees.at_step(bound.start, update.step)
-            limit = _started(limit, lambda: start.of(weights()))
+            limit = _started(limit, is_first, lambda: start.of(weights()))
     else:
         limit = trees.bound_at(rule, update.step)
     limit = limit.astype(norm.dtype)
@@ -627,6 +634,8 @@ def _compared(
     factor = trees.at_step(bound.response, update.step)(norm * margin, limit)
     if not isinstance(rule, History):
         return limit, factor, {}
+    if bound.first < 1:
+        factor = jnp.where(is_first, jnp.minimum(factor, bound.first), factor)
     sees = map(trees.single, (norm, limit, norm * factor))
     tells = jnp.isfinite(update.norm) & (norm > 0)
     new = _kept(each(rule.remember)(past, *sees), past, tells, update.division.over)
@@ -673,9 +682,10 @@ def _stacked_memory(
     return jax.tree.map(stack, *(memory[label] for label in labels))
 
 
-def _started(limit: Array, start: Callable[[], Array]) -> Array:
+def _started(
+    limit: Array, is_unknown: Bool[Array, "..."], start: Callable[[], Array]
+) -> Array:
     """Returns other thresholds where there are none yet."""
-    is_unknown = jnp.isinf(limit)
     first = lax.cond(
         jnp.any(is_unknown),
         lambda: start().astype(limit.dtype),

@@ -30,8 +30,7 @@ def not_negative(**values: Any) -> None:
 
 def between(_low: int | float, _high: int | float, **values: Any) -> None:
     """Raises unless every value lies in [low, high]."""
-    _not_narrow(values)
-    for name, value in _concrete(values):
+    for name, value in _concrete(values, is_share=True):
         if not _low <= value <= _high:
             raise ValueError(
                 f"{name} must lie between {_low} and {_high}, but is {value!r}."
@@ -40,8 +39,7 @@ def between(_low: int | float, _high: int | float, **values: Any) -> None:
 
 def below_one(**values: Any) -> None:
     """Raises unless every value lies in [0, 1)."""
-    _not_narrow(values)
-    for name, value in _concrete(values):
+    for name, value in _concrete(values, is_share=True):
         if not 0 <= value < 1:
             raise ValueError(
                 f"{name} must be at least 0 and below 1, but is {value!r}."
@@ -171,8 +169,17 @@ def score_shape(path: str, score: Any, param: Any) -> None:
         )
 
 
-def _concrete(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _concrete(
+    values: dict[str, Any], *, is_share: bool = False
+) -> Iterator[tuple[str, Any]]:
+    """Yields what has a value; a share must not have been rounded, in bfloat16 to 1."""
     for name, value in values.items():
+        if is_share and getattr(value, "dtype", None) in (jnp.bfloat16, jnp.float16):
+            raise ValueError(
+                f"{name} must be float32, but is {value.dtype}, which rounds 0.999 to"
+                f" {float(jnp.asarray(0.999, value.dtype))}. Under"
+                " `optax.inject_hyperparams`, pass `hyperparam_dtype=jnp.float32`."
+            )
         if isinstance(value, Tracer) or callable(value):
             continue
         is_array = hasattr(value, "item") and getattr(value, "ndim", None) == 0
@@ -183,17 +190,6 @@ def _concrete(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
                 f" {value!r} of type {type(value).__name__}."
             )
         yield name, value if isinstance(value, numbers.Number) else value.item()
-
-
-def _not_narrow(values: dict[str, Any]) -> None:
-    """Raises where a share may have been rounded: 0.999 is 1 in bfloat16."""
-    for name, value in values.items():
-        if isinstance(value, Array) and value.dtype in (jnp.bfloat16, jnp.float16):
-            raise ValueError(
-                f"{name} must be float32, but is {value.dtype}, which rounds 0.999 to"
-                f" {float(jnp.asarray(0.999, value.dtype))}. Under"
-                " `optax.inject_hyperparams`, pass `hyperparam_dtype=jnp.float32`."
-            )
 
 
 def _static(name: str, value: Any, kind: str) -> None:

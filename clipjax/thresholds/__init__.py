@@ -5,6 +5,7 @@
 | a share of the parameters' norm                   | `Relative`                       |
 | a quantile of recent norms                        | `WindowedQuantile`,              |
 |                                                   | `QuantileTracker`                |
+| above their median by their own spread            | `WindowedSpread`                 |
 | a multiple of their mean or root mean square      | `MovingMean`, `MovingSquare`     |
 | their mean, this norm among them                  | `MovingPeak`, `MovingRatio`      |
 | their mean plus some standard deviations          | `MovingDeviation`,               |
@@ -33,7 +34,14 @@ from ._relative import Relative
 from ._released import Release, Released
 from ._rules import Feed, History, Norms
 from ._tracker import QuantileTracker
-from ._windows import WindowedDeviation, WindowedQuantile, Winsorized, clipped, raw
+from ._windows import (
+    WindowedDeviation,
+    WindowedQuantile,
+    WindowedSpread,
+    Winsorized,
+    clipped,
+    raw,
+)
 
 __all__ = [
     "Feed",
@@ -53,6 +61,7 @@ __all__ = [
     "RunningMinimum",
     "WindowedDeviation",
     "WindowedQuantile",
+    "WindowedSpread",
     "Winsorized",
     "at_limit",
     "at_mean",

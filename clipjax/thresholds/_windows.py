@@ -14,6 +14,8 @@ from .._core import checks as check, trees
 from .._core.types import Number, Schedule
 from ._rules import Feed, Norms
 
+_LATELY = 16  # of the last norms: eight of them are a new level
+
 
 def raw(norm: Norms, threshold: Norms, clipped_norm: Norms) -> Norms:
     """Remembers the norm as it came.
@@ -154,6 +156,63 @@ class WindowedQuantile(_Window):
 
 
 @dataclasses.dataclass(frozen=True)
+class WindowedSpread(_Window):
+    """As far above the median of the last norms as they spread, unless by a heavy tail.
+
+    Tₜ = factor · max(m·min(rᵃ, (c/r)⁶), s), r = Q₀.₉/m
+
+    Here m and Q₀.₉ are the median and the 0.9-quantile of the last w norms, as they are
+    remembered, and s is the median of the last 16; each is the norm of the nearest
+    rank.  Where norms scatter little the threshold is just above them; where they
+    scatter more it is further away, at up to 2.8 medians.  Where they scatter yet more
+    they have a heavy tail, and it falls to s.  A lasting rise lifts s after eight
+    steps; a burst of seven bad steps does not.
+
+    Args:
+        factor: > 0.
+        spread: a ≥ 0; norms with lognormal scatter exceed the threshold at 1.28·a of
+            their deviations.
+        tail: c > 1, the larger, the later a tail is heavy; infinity for never.
+        feed: what is remembered of a norm.
+        window: w, how many norms are remembered; static.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import clipjax
+        >>> rule = clipjax.thresholds.WindowedSpread(spread=2.0, window=11)
+        >>> norms = jnp.array([1.0, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3])
+        >>> rule.threshold(norms, jnp.float32(9.0))  # 2·(3/2)²
+        Array(4.5, dtype=float32)
+    """
+
+    factor: Number | Schedule = 1.0
+    spread: Number | Schedule = 1.8
+    tail: Number | Schedule = 2.1
+    feed: Feed = Winsorized()
+    window: int = 128
+
+    def __post_init__(self):
+        """Checks the arguments."""
+        check.positive(factor=self.factor, tail=self.tail)
+        check.not_negative(spread=self.spread)
+        check.function(feed=self.feed)
+        if isinstance(self.feed, Winsorized):
+            check.rises(factor=self.factor, most=self.feed.most)
+        check.whole(2, window=self.window)
+
+    def threshold(self, memory: Float[Array, "..."], norm: Norms) -> Norms:
+        """Returns the threshold for the next norm; infinity for an empty history."""
+        del norm
+        middle, high = _ranked(memory, 0.5, 0.9)
+        (lately,) = _ranked(memory[..., :_LATELY], 0.5)
+        spread, tail = (trees.like(x, middle) for x in (self.spread, self.tail))
+        ratio = jnp.where(jnp.isfinite(middle), high / middle, 1)
+        times = jnp.minimum(ratio**spread, (tail / ratio) ** 6)
+        usual = jnp.maximum(middle * times, lately)
+        return trees.like(self.factor, usual) * usual
+
+
+@dataclasses.dataclass(frozen=True)
 class WindowedDeviation(_Window):
     """So many standard deviations above the mean of the last norms.
 
@@ -195,6 +254,16 @@ class WindowedDeviation(_Window):
         deviation = jnp.sqrt(jnp.sum(apart**2, axis=-1) / entries)
         bound = mean + trees.like(self.deviations, mean) * jnp.maximum(deviation, 1e-6)
         return jnp.where(number >= self.warmup, bound, jnp.inf)
+
+
+def _ranked(history: Float[Array, "..."], *shares: float) -> list[Float[Array, "..."]]:
+    """Returns the norms of what is known with these ranks; infinity if nothing is."""
+    known = history >= 0
+    ordered = jnp.sort(jnp.where(known, history, jnp.inf), axis=-1)
+    last = jnp.sum(known, axis=-1, keepdims=True, dtype=jnp.float32) - 1
+    places = jnp.arange(history.shape[-1], dtype=jnp.float32)
+    wanted = [jnp.round(share * jnp.maximum(last, 0)) for share in shares]
+    return [jnp.sum(jnp.where(places == w, ordered, 0), axis=-1) for w in wanted]
 
 
 def _push(history: Float[Array, "..."], norm: Norms) -> Float[Array, "..."]:
