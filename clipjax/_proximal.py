@@ -103,7 +103,9 @@ def proximal(
     def init(params):
         shares = {p: jnp.zeros([], jnp.float32) for p in trees.chosen(params, where)}
         return ProximalState(
-            jnp.zeros([], jnp.int32), shares, jnp.zeros([], jnp.float32)
+            jnp.zeros([], jnp.int32),
+            trees.remembered(params, shares),
+            jnp.zeros([], jnp.float32),
         )
 
     def update(updates, state, params=None, **extra_args):

@@ -185,3 +185,40 @@ def test_a_vector_beyond_the_squares_is_clipped_by_its_spectral_norm():
     updates = {"v": jnp.array([3e30, 4e30])}
     changed, _ = tx.update(updates, tx.init(updates))
     assert_same(changed, {"v": jnp.array([0.6, 0.8])}, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_optax_maps_over_what_is_kept_of_parameters(name):
+    """By a state of a stand-in, with one leaf in place of every dict by path."""
+    assert_mapped(TRANSFORMS[name].make())
+
+
+@pytest.mark.parametrize(
+    ("reparametrization", "sparsity"),
+    [
+        (clipjax.latents.top_kast(0.25), 0.5),
+        (clipjax.latents.surgery(deviations=1.0), None),
+        (clipjax.latents.soft_threshold(), None),
+    ],
+)
+def test_optax_maps_over_moments_of_latent_weights(reparametrization, sparsity):
+    inner = optax.chain(contrib.adagc(), optax.adam(0.1))
+    tx = clipjax.latent(inner, sparsity, reparametrization=reparametrization)
+    assert assert_mapped(tx) == 2
+
+
+def assert_mapped(tx):
+    """Returns how many trees of parameters there are."""
+    params = {"dense": {"kernel": jnp.ones((4, 8)), "bias": jnp.zeros(8)}}
+    with relaxed():
+        state = jax.eval_shape(tx.init, params)
+        mapped = optax.tree_map_params(
+            tx,
+            lambda _, spec: spec,
+            state,
+            {"dense": {"kernel": "of the kernel", "bias": "of the bias"}},
+            transform_non_params=lambda x: x,
+        )
+        same = optax.tree_map_params(tx, lambda x: x, state)
+    assert spec(same) == spec(state)
+    return jax.tree.leaves(mapped).count("of the kernel")

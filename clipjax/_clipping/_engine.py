@@ -260,6 +260,7 @@ def _init(plan: _Plan, params: PyTree) -> ClipByState:
                 rule = bound.rule(part.label)
                 if isinstance(rule, History) and part.label not in own:
                     own[part.label] = rule.empty(_blank(plan, leaves, path, division))
+            own = trees.remembered(params, own)
         memory.append(own)
     record = first() if plan.measures else UnmeasuredState(jnp.zeros([], jnp.int32))
     return ClipByState(record, tuple(memory))

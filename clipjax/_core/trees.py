@@ -59,6 +59,26 @@ def replaced(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
     )
 
 
+def remembered(params: PyTree, entries: dict[str, Any]) -> Any:
+    """Returns entries by path, of new parameters, as a state keeps them.
+
+    That is one array, where the parameters only stand for others, which
+    `optax.tree_map_params` maps over: a dict by path is no tree of parameters.
+    """
+    return jnp.zeros([], jnp.float32) if _is_stand_in(params) else entries
+
+
+def _is_stand_in(params: PyTree) -> bool:
+    """Tells whether a tree holds a node without children that is no container."""
+
+    def is_whole(node):
+        return not isinstance(node, Mapping | list | tuple | None)
+
+    nodes = jax.tree.leaves(params, is_leaf=is_whole)
+    kinds = map(jax.tree.structure, nodes)
+    return any(kind.num_nodes == 1 and not kind.num_leaves for kind in kinds)
+
+
 def floats(tree: PyTree) -> dict[str, Any]:
     """Returns by path the leaves that hold floating-point numbers, as JAX arrays.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -69,7 +70,7 @@ class Store:
     def init(self, params: PyTree, memory: Leaves | None = None) -> SparsifyState:
         """Returns the state with full masks, which are due to be made."""
         leaves = trees.chosen(params, self.where)
-        return SparsifyState(
+        state = SparsifyState(
             jnp.zeros([], jnp.int32),
             jnp.asarray(NEVER, jnp.int32),
             {p: self.full(x) for p, x in leaves.items()} if self.stores else {},
@@ -77,6 +78,7 @@ class Store:
             jnp.zeros([], jnp.float32),
             {} if memory is None else memory,
         )
+        return as_kept(params, state)
 
     def held(self, state: SparsifyState, leaves: Leaves) -> Masks:
         """Returns the masks as they are stored."""
@@ -157,6 +159,16 @@ class Store:
             total_sparsity=total,
         )
         return read, after, changed, made
+
+
+def as_kept(params: PyTree, state: SparsifyState) -> SparsifyState:
+    """Returns a new state with its dicts as they are kept between two steps."""
+    keep = functools.partial(trees.remembered, params)
+    return state._replace(
+        mask_bits=keep(state.mask_bits),
+        leaf_sparsity=keep(state.leaf_sparsity),
+        score_memory=keep(state.score_memory),
+    )
 
 
 def check_storage(name: str, storage: masks.Storage) -> None:

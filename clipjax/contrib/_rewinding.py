@@ -126,10 +126,11 @@ def rewinding(
     inner = optax.with_extra_args_support(inner)
 
     def init(params):
+        early = {p: jnp.array(x, copy=True) for p, x in trees.floats(params).items()}
         return RewindingState(
             store.init(params)._replace(mask_age=jnp.zeros([], jnp.int32)),
             jnp.zeros([], jnp.int32),
-            {p: jnp.array(x, copy=True) for p, x in trees.floats(params).items()},
+            trees.remembered(params, early),
             inner.init(params),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from .. import allocations, masks, norms, patterns, scores
 from .._core import checks as check, emit, trees
 from .._core.eager import compiled
 from .._core.types import AxisName, Number, Schedule, Where
-from .._sparsity._store import SparsifyState
+from .._sparsity._store import SparsifyState, as_kept
 from ._masks import Masking, kept_of
 from ._reparametrizations import Reparametrization, straight_through
 from ._step import Step
@@ -147,12 +148,13 @@ def latent(
         makes = masking.here()
         thresholds = makes.thresholds(weights)
         masked, explored = makes.first(weights, thresholds, start.memory)
+        keep = functools.partial(trees.remembered, params)
         return LatentState(
-            masked,
-            start.latents,
+            as_kept(params, masked),
+            keep(start.latents),
             start.levels,
-            thresholds,
-            explored,
+            keep(thresholds),
+            keep(explored),
             start.inner,
         )
 
