@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from flax import linen as nn, nnx
 
 import clipjax
 from clipjax import contrib, patterns, scopes
@@ -222,3 +223,77 @@ def assert_mapped(tx):
         same = optax.tree_map_params(tx, lambda x: x, state)
     assert spec(same) == spec(state)
     return jax.tree.leaves(mapped).count("of the kernel")
+
+
+ADAM = optax.adam(0.1)
+KEPT = {  # what is kept of a parameter, in its shape
+    "latent": (clipjax.latent(ADAM, 0.5), ["latents"]),
+    "top_kast": (
+        clipjax.latent(
+            ADAM,
+            0.5,
+            reparametrization=clipjax.latents.top_kast(0.25),
+            storage=clipjax.masks.Booleans(),
+        ),
+        ["latents", "mask_bits", "explored_bits"],
+    ),
+    "rewinding": (
+        contrib.rewinding(ADAM, every=2, rounds=1, rewind_step=1),
+        ["rewound"],
+    ),
+    "sparsify": (
+        clipjax.sparsify(
+            0.5, score=clipjax.scores.Movement(), storage=clipjax.masks.Booleans()
+        ),
+        ["score_memory", "mask_bits"],
+    ),
+    "sparse_momentum": (
+        contrib.sparse_momentum(ADAM, 0.5, total_steps=9, key=jax.random.key(0)),
+        ["score_memory"],
+    ),
+    "carry_clipped": (clipjax.carry_clipped(contrib.adagc()), ["carry"]),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_is_kept_of_a_parameter_lies_as_its_box_says(name):
+    (tx, fields), own = KEPT[name], (None, "model")
+    kernel, bias = jnp.arange(64.0).reshape(4, 16) - 31, jnp.ones(16)
+    plain = {"kernel": kernel, "bias": bias}
+    params = {"kernel": nn.Partitioned(kernel, own), "bias": bias}
+    with relaxed():
+        state = jax.eval_shape(tx.init, params)
+        _, after = jax.eval_shape(tx.update, params, state, params)
+        unboxed = jax.eval_shape(tx.init, plain)
+    assert spec(after) == spec(state)
+    assert spec(nn.unbox(state)) == spec(unboxed)
+    specs = nn.get_partition_spec(state)
+    for field in fields:
+        assert optax.tree.get(specs, field)["kernel"] == jax.P(*own)
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_variable_keeps_its_metadata_in_the_state(name):
+    tx, fields = KEPT[name]
+    params = nnx.State({"kernel": nnx.Param(jnp.ones((4, 16)), mine="said")})
+    with relaxed():
+        state = jax.eval_shape(tx.init, params)
+        _, after = jax.eval_shape(tx.update, params, state, params)
+    assert spec(after) == spec(state)
+    for field in fields:
+        assert optax.tree.get(state, field)["kernel"].mine == "said"
+
+
+def test_boxed_parameters_train_as_others_do():
+    tx = clipjax.latent(ADAM, 0.5)
+    plain = {"kernel": jnp.arange(64.0).reshape(4, 16) - 31}
+    params = {"kernel": nn.Partitioned(plain["kernel"], (None, "model"))}
+    with relaxed():
+        state, other = tx.init(params), tx.init(plain)
+        for _ in range(2):
+            updates, state = tx.update(params, state, params)
+            expected, other = tx.update(plain, other, plain)
+    assert_same(nn.unbox(updates), expected, rtol=0)
+    assert_same(
+        clipjax.latents.latent_params(state, plain)["kernel"], other.latents["kernel"]
+    )

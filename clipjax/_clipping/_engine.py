@@ -351,13 +351,14 @@ def _step(
     update = _Update(plan, leaves, found, params, step, division, stacks, norm)
     now, memory = _Now(values, norm), []
     for i, (bound, old) in enumerate(
-        zip(plan.bounds, state.threshold_memory, strict=True)
+        zip(plan.bounds, trees.unboxed(state.threshold_memory), strict=True)
     ):
         now, new = _through(update, bound, division.parts[i], old, now)
         memory.append(new)
     changed = _applied(update, now)
     record = _recorded(update, state.clip, now, changed)
-    return trees.replaced(updates, changed), ClipByState(record, tuple(memory))
+    kept = trees.boxed_as(tuple(memory), state.threshold_memory)
+    return trees.replaced(updates, changed), ClipByState(record, kept)
 
 
 # How an update is measured

@@ -80,13 +80,8 @@ def masked(
         moves, leaves = trees.floats(updates), trees.chosen(params, store.where)
         leaves = {p: x for p, x in leaves.items() if p in moves}
         moves = {p: moves[p] for p in leaves}
-        now = Now(
-            leaves,
-            moves,
-            state.sparse.score_memory,
-            state.sparse.step,
-            state.masks_made,
-        )
+        before = trees.unboxed(state.sparse)
+        now = Now(leaves, moves, before.score_memory, before.step, state.masks_made)
         now = now._replace(memory=rule.track(now))
 
         def make(old, inner_state):
@@ -99,9 +94,9 @@ def masked(
             return new, restarted(inner, inner_state, visible, stays)
 
         read, after, inner_state, made = store.change(
-            state.sparse._replace(score_memory=now.memory),
+            before._replace(score_memory=now.memory),
             leaves,
-            is_due(state.sparse, store.every, store.sparsity),
+            is_due(before, store.every, store.sparsity),
             make,
             other=state.sparse_inner,
             updates=moves,
@@ -116,6 +111,7 @@ def masked(
         )
         number = state.masks_made + made.astype(jnp.int32)
         outgoing = trees.map_by_path(emit.kept, outgoing, leaves, kept)
+        after = trees.boxed_as(after, state.sparse)
         return outgoing, SparseState(after, number, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, compiled(update))

@@ -160,6 +160,7 @@ def latent(
 
     def update(updates, state, params=None, **extra_args):
         check.given_params("latent", params)
+        boxes, state = state, _unboxed(state)
         slopes, leaves = trees.floats(updates), trees.floats(params)
         known = jnp.isfinite(norms.inf_norm(updates, axis_name=axis_name))
         moved, others = stepping.take(known, updates, state, params, extra_args)
@@ -176,14 +177,21 @@ def latent(
         outgoing = trees.replaced(updates, others)
         paths = {path: path for path in weights}
         outgoing = trees.map_by_path(emitted, outgoing, leaves, weights, paths)
-        new_state = LatentState(
+        after = LatentState(
             masked,
             moved.latents,
             moved.levels,
             state.fixed_thresholds,
             explored,
-            moved.inner,
+            (),
         )
-        return outgoing, new_state
+        after = trees.boxed_as(after, boxes._replace(latent_inner=()))
+        return outgoing, after._replace(latent_inner=moved.inner)
 
     return optax.GradientTransformationExtraArgs(init, compiled(update))
+
+
+def _unboxed(state: LatentState) -> LatentState:
+    """Returns a state with plain arrays in all that is not the optimizer's."""
+    own = trees.unboxed(state._replace(latent_inner=()))
+    return own._replace(latent_inner=state.latent_inner)
