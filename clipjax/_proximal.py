@@ -112,7 +112,9 @@ def proximal(
         del extra_args
         check.given_params("proximal", params)
         everything, moves = trees.floats(params), trees.floats(updates)
-        leaves = {p: x for p, x in trees.chosen(params, where).items() if p in moves}
+        leaves = trees.chosen(params, where)
+        check.same_paths("share of zeros", state.prox_leaf_sparsity, leaves)
+        leaves = {p: x for p, x in leaves.items() if p in moves}
         eta = trees.bound_at(learning_rate, state.step)
         rule = trees.at_step(penalty, state.step)
         targets, results = {}, {}

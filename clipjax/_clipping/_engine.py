@@ -349,6 +349,11 @@ def _step(
     values = [stack.values for stack in stacks]
     norm = _whole(plan, values, division.over)
     update = _Update(plan, leaves, found, params, step, division, stacks, norm)
+    if len(state.threshold_memory) != len(plan.bounds):
+        raise ValueError(
+            f"state is of {len(state.threshold_memory)} bounds, but there are"
+            f" {len(plan.bounds)}. Make a new one by `tx.init(params)`."
+        )
     now, memory = _Now(values, norm), []
     for i, (bound, old) in enumerate(
         zip(plan.bounds, trees.unboxed(state.threshold_memory), strict=True)
@@ -611,6 +616,7 @@ def _compared(
     if isinstance(rule, Relative):
         limit = rule.of(weights())
     elif isinstance(rule, History):
+        _check_memory(rule, memory, labels, norm)
         if norm.ndim:
             past = _stacked_memory(memory, labels, norm)
         else:
@@ -636,6 +642,16 @@ def _compared(
         return limit, factor, {label: new}
     rows = [jax.tree.map(lambda x, i=i: x[i], new) for i in range(len(labels))]
     return limit, factor, dict(zip(labels, rows, strict=True))
+
+
+def _check_memory(
+    rule: History, memory: dict[str, PyTree], labels: tuple[str, ...], norm: Array
+) -> None:
+    """Raises where a state remembers other parts, or by another rule."""
+    row = jax.ShapeDtypeStruct(norm.shape[1:], jnp.float32)
+    new = jax.eval_shape(rule.empty, row)
+    for label in labels:
+        check.same_kind("memory of norms", label, memory.get(label), new)
 
 
 def _by_label(

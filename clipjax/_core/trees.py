@@ -128,6 +128,12 @@ def floats(tree: PyTree) -> dict[str, Any]:
     return {name: as_array(leaf) for name, leaf in leaves if is_float(leaf)}
 
 
+def float_arrays(tree: PyTree) -> dict[str, Any]:
+    """Returns by path the floating leaves that were arrays, and no plain numbers."""
+    leaves = by_path(tree).items()
+    return {name: x for name, x in leaves if is_float(x) and _has_dtype(x)}
+
+
 def as_array(leaf: Any) -> Array:
     """Returns a leaf as a JAX array: zeros, where only its shape is given."""
     is_shape = isinstance(leaf, jax.ShapeDtypeStruct)

@@ -77,10 +77,10 @@ def masked(
 
     def update(updates, state, params=None, **extra_args):
         check.given_params(name, params)
-        moves, leaves = trees.floats(updates), trees.chosen(params, store.where)
+        before, moves = trees.unboxed(state.sparse), trees.floats(updates)
+        leaves = store.leaves(params, before)
         leaves = {p: x for p, x in leaves.items() if p in moves}
         moves = {p: moves[p] for p in leaves}
-        before = trees.unboxed(state.sparse)
         now = Now(leaves, moves, before.score_memory, before.step, state.masks_made)
         now = now._replace(memory=rule.track(now))
 

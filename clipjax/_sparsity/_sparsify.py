@@ -99,9 +99,9 @@ def sparsify(
     def update(updates, state, params=None, **extra_args):
         del extra_args
         check.given_params("sparsify", params)
-        leaves, moves = trees.chosen(params, where), trees.floats(updates)
+        before, moves = trees.unboxed(state), trees.floats(updates)
+        leaves = store.leaves(params, before)
         leaves = {p: x for p, x in leaves.items() if p in moves}
-        before = trees.unboxed(state)
         now = Now(leaves, moves, before.score_memory, before.step)
         now = now._replace(memory=rule.track(now))
         read, after = store.next(

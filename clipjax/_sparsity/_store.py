@@ -80,6 +80,12 @@ class Store:
         )
         return as_kept(params, state)
 
+    def leaves(self, params: PyTree, state: SparsifyState) -> Leaves:
+        """Returns by path the leaves with a mask, as this state must have them."""
+        leaves = trees.chosen(params, self.where)
+        check_masks(state, leaves, self.storage)
+        return leaves
+
     def held(self, state: SparsifyState, leaves: Leaves) -> Masks:
         """Returns the masks as they are stored."""
         bits = state.mask_bits
@@ -171,6 +177,28 @@ def as_kept(params: PyTree, state: SparsifyState) -> SparsifyState:
     )
 
 
+def check_masks(
+    state: SparsifyState, leaves: Leaves, storage: masks.Storage | None
+) -> None:
+    """Raises where a state has other masks than it should; nothing is computed."""
+    check.same_paths("mask", state.leaf_sparsity, leaves)
+    stores = storage is not None and not isinstance(storage, masks.Zeros)
+    for path, x in leaves.items():
+        bits = state.mask_bits.get(path)
+        is_bool = not (isinstance(storage, masks.Bits) and _is_whole(x))
+        is_alike = bits is not None and (bits.dtype == bool) == is_bool
+        if not is_alike if stores else bits is not None:
+            kind = "no mask" if bits is None else f"a mask of {bits.dtype}"
+            raise ValueError(
+                f"state has {kind} for {path!r}, which is not how {storage!r} would"
+                " keep it. Pass the `storage` that the state was made with, or make a"
+                " new one by `tx.init(params)`."
+            )
+        if bits is not None:
+            shape = x.shape if is_bool else packed.packed_shape(x.shape)
+            check.same_kind("mask", path, bits, jax.ShapeDtypeStruct(shape, bits.dtype))
+
+
 def check_storage(name: str, storage: masks.Storage) -> None:
     """Raises where zeros would be taken for pruned, but may be kept ones."""
     if isinstance(storage, masks.Zeros):
@@ -226,8 +254,11 @@ def pack(
         return mask_of(mask)
     if isinstance(mask, Packed):
         return mask.bits
-    is_whole = sharding.has_whole_columns(mask, masks.BITS)
-    return packed.pack(mask) if is_whole else mask
+    return packed.pack(mask) if _is_whole(mask) else mask
+
+
+def _is_whole(x: Array) -> bool:
+    return sharding.has_whole_columns(x, masks.BITS)
 
 
 def unpack(bits: Array, param: Array) -> Bool[Array, "..."]:

@@ -155,7 +155,10 @@ def rewinding(
         now, rewound = trees.unboxed((state.rewinding, state.rewound))
         moves, own = trees.floats(updates), trees.floats(params)
         own = {p: x for p, x in own.items() if p in moves}
-        leaves = {p: x for p, x in trees.chosen(params, where).items() if p in moves}
+        leaves = store.leaves(params, now)
+        for path, x in trees.float_arrays(params).items():
+            check.same_kind("early parameter", path, rewound.get(path), x)
+        leaves = {p: x for p, x in leaves.items() if p in moves}
         early = _at(rewound, own, now.step, rewind_step)
         more = state.rounds_done.astype(jnp.float32) < trees.value_at(rounds, now.step)
         read, after, _, made = store.change(
