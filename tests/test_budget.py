@@ -48,9 +48,9 @@ PEERS = {  # at most so many times the operations of the peer
 WALKS = {  # functions and files of the package, from the factory to the traced update
     "clip_by_global_norm": (47, 7),
     "adaptive_grad_clip": (71, 10),
-    "adaptive_clip": (76, 10),
-    "sparsify": (117, 21),
-    "rigl": (154, 24),
+    "adaptive_clip": (83, 10),
+    "sparsify": (131, 21),
+    "rigl": (171, 25),
 }
 PAIRS = programs.pairs()
 

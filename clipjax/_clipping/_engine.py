@@ -354,15 +354,17 @@ def _step(
             f"state is of {len(state.threshold_memory)} bounds, but there are"
             f" {len(plan.bounds)}. Make a new one by `tx.init(params)`."
         )
-    now, memory = _Now(values, norm), []
-    for i, (bound, old) in enumerate(
-        zip(plan.bounds, trees.unboxed(state.threshold_memory), strict=True)
-    ):
+    now, memory, past = _Now(values, norm), [], state.threshold_memory
+    if plan.remembers:
+        past = trees.unboxed(past)
+    for i, (bound, old) in enumerate(zip(plan.bounds, past, strict=True)):
         now, new = _through(update, bound, division.parts[i], old, now)
         memory.append(new)
     changed = _applied(update, now)
     record = _recorded(update, state.clip, now, changed)
-    kept = trees.boxed_as(tuple(memory), state.threshold_memory)
+    kept = tuple(memory)
+    if plan.remembers:
+        kept = trees.boxed_as(kept, state.threshold_memory)
     return trees.replaced(updates, changed), ClipByState(record, kept)
 
 
