@@ -13,7 +13,7 @@ from . import masks, prox, scopes
 from ._core import checks as check, emit, sharding, trees
 from ._core.eager import compiled
 from ._core.types import AxisName, Number, Schedule, Where
-from ._sparsity._store import shares_of_zeros
+from ._sparsity._store import chosen, shares_of_zeros
 
 _UNITS = scopes.Unit()
 
@@ -101,7 +101,7 @@ def proximal(
     check.function(where=where)
 
     def init(params):
-        shares = {p: jnp.zeros([], jnp.float32) for p in trees.chosen(params, where)}
+        shares = {p: jnp.zeros([], jnp.float32) for p in chosen(params, where)}
         return ProximalState(
             jnp.zeros([], jnp.int32),
             trees.remembered(params, shares),

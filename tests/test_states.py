@@ -62,13 +62,15 @@ def test_states_are_those_of_the_file():
 
 
 KERNEL = {"kernel": jnp.ones((4, 16))}
+BOTH = KERNEL | {"other": KERNEL["kernel"]}
+OTHER = {"where": lambda path, leaf: path == "other"}
 SGD = optax.sgd(0.1)
 sparsify = functools.partial(clipjax.sparsify, 0.5)
 latent = functools.partial(clipjax.latent, SGD, 0.5)
 Window = thresholds.WindowedQuantile
 MISMATCHES = {  # the transform of the state, that of the step, what is said
-    "where": (sparsify(where=lambda *_: False), sparsify(), "no mask for 'kernel'"),
-    "elsewhere": (sparsify(), sparsify(where=lambda *_: False), "does not choose"),
+    "where": (sparsify(**OTHER), sparsify(), "no mask for 'kernel'"),
+    "elsewhere": (sparsify(), sparsify(**OTHER), "does not choose"),
     "no storage": (sparsify(storage=masks.Zeros()), sparsify(), "no mask .* `storage`"),
     "storage": (sparsify(), sparsify(storage=masks.Zeros()), "of uint8 .* `storage`"),
     "bits": (sparsify(storage=masks.Booleans()), sparsify(), "of bool .* `storage`"),
@@ -89,7 +91,7 @@ MISMATCHES = {  # the transform of the state, that of the step, what is said
         contrib.sparse_momentum(SGD, 0.5, total_steps=9, key=jax.random.key(0)),
         "no mean gradient for 'kernel'",
     ),
-    "latent": (latent(where=lambda *_: False), latent(), "no mask for 'kernel'"),
+    "latent": (latent(**OTHER), latent(), "no mask for 'kernel'"),
     "explored": (
         latent(),
         latent(reparametrization=latents.top_kast(0.2)),
@@ -124,9 +126,9 @@ MISMATCHES = {  # the transform of the state, that of the step, what is said
 def test_a_state_of_other_arguments_is_told(name):
     old, new, said = MISMATCHES[name]
     with relaxed():
-        state = jax.eval_shape(old.init, KERNEL)
+        state = jax.eval_shape(old.init, BOTH)
         with pytest.raises(ValueError, match=f"(?s)state .*{said}.* `tx.init"):
-            jax.eval_shape(new.update, KERNEL, state, KERNEL)
+            jax.eval_shape(new.update, BOTH, state, BOTH)
 
 
 OF_PARAMETERS = {

@@ -135,6 +135,22 @@ def pattern(**values: Any) -> None:
             has_method("masks", **{name: value})
 
 
+def met_by(pattern: Any, **values: Any) -> None:
+    """Raises unless a pattern with a sparsity of its own is asked for that, or none.
+
+    A schedule says when it starts, and what is traced is not known.
+    """
+    own = getattr(pattern, "own_sparsity", None)
+    for name, value in values.items():
+        if own is None or not isinstance(value, int | float):
+            continue
+        if value != 0 and abs(value - own) > 1e-6:
+            raise ValueError(
+                f"{name} is {value!r}, but {pattern!r} has a sparsity of its own,"
+                f" {own:.6g}. Pass that, or change the pattern."
+            )
+
+
 def one_of(*kinds: type, **values: Any) -> None:
     """Raises unless every value is an instance of one of these classes."""
     for name, value in values.items():

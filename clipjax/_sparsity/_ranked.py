@@ -43,6 +43,7 @@ class Ranked:
         check.function(allocation=self.allocation)
         check_score(self.score)
         check.pattern(pattern=self.pattern)
+        check.met_by(self.pattern, sparsity=self.sparsity)
 
     def init(self, params: Leaves) -> Leaves:
         """Returns what the score remembers before the first step."""

@@ -69,7 +69,7 @@ class Store:
 
     def init(self, params: PyTree, memory: Leaves | None = None) -> SparsifyState:
         """Returns the state with full masks, which are due to be made."""
-        leaves = trees.chosen(params, self.where)
+        leaves = chosen(params, self.where)
         state = SparsifyState(
             jnp.zeros([], jnp.int32),
             jnp.asarray(NEVER, jnp.int32),
@@ -165,6 +165,22 @@ class Store:
             total_sparsity=total,
         )
         return read, after, changed, made
+
+
+def chosen(params: PyTree, where: Where) -> Leaves:
+    """Returns by path the leaves that are made sparse; some, if a user says which.
+
+    A tree may well have none of the leaves that are chosen by default, such as one
+    group of `optax.partition`.
+    """
+    leaves, every = trees.chosen(params, where), trees.floats(params)
+    if every and not leaves and where is not masks.weights:
+        raise ValueError(
+            f"where chooses none of the {len(every)} leaves of params, such as"
+            f" {next(iter(every))!r}: nothing would become sparse. It gets such a path"
+            " and the leaf, and returns whether to choose it."
+        )
+    return leaves
 
 
 def as_kept(params: PyTree, state: SparsifyState) -> SparsifyState:

@@ -15,7 +15,7 @@ from .._core import checks as check, emit, trees
 from .._core.eager import compiled
 from .._core.types import AxisName, Number, Schedule, Where
 from .._sparsity._ranked import check_memory
-from .._sparsity._store import Leaves, SparsifyState, as_kept, check_masks
+from .._sparsity._store import Leaves, SparsifyState, as_kept, check_masks, chosen
 from ._masks import Masking, kept_of
 from ._reparametrizations import Reparametrization, straight_through
 from ._step import Step
@@ -144,7 +144,7 @@ def latent(
     )
 
     def init(params):
-        leaves = trees.chosen(params, where)
+        leaves = chosen(params, where)
         start = stepping.first(params, leaves)
         weights = {p: stepping.weights(start, p) for p in leaves}
         makes = masking.here()
