@@ -13,7 +13,7 @@ from . import masks, prox, scopes
 from ._core import checks as check, emit, sharding, trees
 from ._core.eager import compiled
 from ._core.types import AxisName, Number, Schedule, Where
-from ._sparsity._store import shares_of_zeros
+from ._sparsity._store import chosen, shares_of_zeros
 
 _UNITS = scopes.Unit()
 
@@ -101,16 +101,20 @@ def proximal(
     check.function(where=where)
 
     def init(params):
-        shares = {p: jnp.zeros([], jnp.float32) for p in trees.chosen(params, where)}
+        shares = {p: jnp.zeros([], jnp.float32) for p in chosen(params, where)}
         return ProximalState(
-            jnp.zeros([], jnp.int32), shares, jnp.zeros([], jnp.float32)
+            jnp.zeros([], jnp.int32),
+            trees.remembered(params, shares),
+            jnp.zeros([], jnp.float32),
         )
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
         check.given_params("proximal", params)
         everything, moves = trees.floats(params), trees.floats(updates)
-        leaves = {p: x for p, x in trees.chosen(params, where).items() if p in moves}
+        leaves = trees.chosen(params, where)
+        check.same_paths("share of zeros", state.prox_leaf_sparsity, leaves)
+        leaves = {p: x for p, x in leaves.items() if p in moves}
         eta = trees.bound_at(learning_rate, state.step)
         rule = trees.at_step(penalty, state.step)
         targets, results = {}, {}

@@ -25,8 +25,8 @@ BUDGETS = {  # operations a leaf, operations beside these; loops, branches
     "carry_clipped": (22, 60, 0, 0),
     "greedy_clip": (30, 345, 1, 2),
     "sparsify": (18, 1080, 2, 4),
-    "sparse": (31, 1110, 2, 5),
-    "rigl": (32, 2170, 6, 5),
+    "sparse": (32, 1110, 2, 4),
+    "rigl": (33, 2170, 6, 4),
     "latent": (52, 1150, 2, 5),
     "proximal": (31, 75, 0, 0),
     "rewinding": (140, 1080, 1, 2),
@@ -48,9 +48,9 @@ PEERS = {  # at most so many times the operations of the peer
 WALKS = {  # functions and files of the package, from the factory to the traced update
     "clip_by_global_norm": (47, 7),
     "adaptive_grad_clip": (71, 10),
-    "adaptive_clip": (76, 10),
-    "sparsify": (117, 21),
-    "rigl": (154, 24),
+    "adaptive_clip": (83, 10),
+    "sparsify": (131, 21),
+    "rigl": (171, 25),
 }
 PAIRS = programs.pairs()
 

@@ -220,3 +220,8 @@ def test_inside_a_jitted_step_of_nnx():
         return clipjax.metrics(optimizer.opt_state)
 
     assert_same(step(model, optimizer, grads), clipjax.metrics(stepped(main_chain())))
+
+
+def test_the_optimizer_itself_is_no_state():
+    with pytest.raises(TypeError, match="opt_state must be the state"):
+        clipjax.metrics(clipjax.sparsify(0.5))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from flax import linen as nn, nnx
 
 import clipjax
 from clipjax import contrib, patterns, scopes
@@ -185,3 +186,134 @@ def test_a_vector_beyond_the_squares_is_clipped_by_its_spectral_norm():
     updates = {"v": jnp.array([3e30, 4e30])}
     changed, _ = tx.update(updates, tx.init(updates))
     assert_same(changed, {"v": jnp.array([0.6, 0.8])}, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_optax_maps_over_what_is_kept_of_parameters(name):
+    """By a state of a stand-in, with one leaf in place of every dict by path."""
+    assert_mapped(TRANSFORMS[name].make())
+
+
+@pytest.mark.parametrize(
+    ("reparametrization", "sparsity"),
+    [
+        (clipjax.latents.top_kast(0.25), 0.5),
+        (clipjax.latents.surgery(deviations=1.0), None),
+        (clipjax.latents.soft_threshold(), None),
+    ],
+)
+def test_optax_maps_over_moments_of_latent_weights(reparametrization, sparsity):
+    inner = optax.chain(contrib.adagc(), optax.adam(0.1))
+    tx = clipjax.latent(inner, sparsity, reparametrization=reparametrization)
+    assert assert_mapped(tx) == 2
+
+
+def assert_mapped(tx):
+    """Returns how many trees of parameters there are."""
+    params = {"dense": {"kernel": jnp.ones((4, 8)), "bias": jnp.zeros(8)}}
+    with relaxed():
+        state = jax.eval_shape(tx.init, params)
+        mapped = optax.tree_map_params(
+            tx,
+            lambda _, spec: spec,
+            state,
+            {"dense": {"kernel": "of the kernel", "bias": "of the bias"}},
+            transform_non_params=lambda x: x,
+        )
+        same = optax.tree_map_params(tx, lambda x: x, state)
+    assert spec(same) == spec(state)
+    return jax.tree.leaves(mapped).count("of the kernel")
+
+
+ADAM = optax.adam(0.1)
+KEPT = {  # what is kept of a parameter, in its shape
+    "latent": (clipjax.latent(ADAM, 0.5), ["latents"]),
+    "top_kast": (
+        clipjax.latent(
+            ADAM,
+            0.5,
+            reparametrization=clipjax.latents.top_kast(0.25),
+            storage=clipjax.masks.Booleans(),
+        ),
+        ["latents", "mask_bits", "explored_bits"],
+    ),
+    "rewinding": (
+        contrib.rewinding(ADAM, every=2, rounds=1, rewind_step=1),
+        ["rewound"],
+    ),
+    "sparsify": (
+        clipjax.sparsify(
+            0.5, score=clipjax.scores.Movement(), storage=clipjax.masks.Booleans()
+        ),
+        ["score_memory", "mask_bits"],
+    ),
+    "sparse_momentum": (
+        contrib.sparse_momentum(ADAM, 0.5, total_steps=9, key=jax.random.key(0)),
+        ["score_memory"],
+    ),
+    "carry_clipped": (clipjax.carry_clipped(contrib.adagc()), ["carry"]),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_is_kept_of_a_parameter_lies_as_its_box_says(name):
+    (tx, fields), own = KEPT[name], (None, "model")
+    kernel, bias = jnp.arange(64.0).reshape(4, 16) - 31, jnp.ones(16)
+    plain = {"kernel": kernel, "bias": bias}
+    params = {"kernel": nn.Partitioned(kernel, own), "bias": bias}
+    with relaxed():
+        state = jax.eval_shape(tx.init, params)
+        _, after = jax.eval_shape(tx.update, params, state, params)
+        unboxed = jax.eval_shape(tx.init, plain)
+    assert spec(after) == spec(state)
+    assert spec(nn.unbox(state)) == spec(unboxed)
+    specs = nn.get_partition_spec(state)
+    for field in fields:
+        assert optax.tree.get(specs, field)["kernel"] == jax.P(*own)
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_variable_keeps_its_metadata_in_the_state(name):
+    tx, fields = KEPT[name]
+    params = nnx.State({"kernel": nnx.Param(jnp.ones((4, 16)), mine="said")})
+    with relaxed():
+        state = jax.eval_shape(tx.init, params)
+        _, after = jax.eval_shape(tx.update, params, state, params)
+    assert spec(after) == spec(state)
+    for field in fields:
+        assert optax.tree.get(state, field)["kernel"].mine == "said"
+
+
+def test_boxed_parameters_train_as_others_do():
+    tx = clipjax.latent(ADAM, 0.5)
+    plain = {"kernel": jnp.arange(64.0).reshape(4, 16) - 31}
+    params = {"kernel": nn.Partitioned(plain["kernel"], (None, "model"))}
+    with relaxed():
+        state, other = tx.init(params), tx.init(plain)
+        for _ in range(2):
+            updates, state = tx.update(params, state, params)
+            expected, other = tx.update(plain, other, plain)
+    assert_same(nn.unbox(updates), expected, rtol=0)
+    assert_same(
+        clipjax.latents.latent_params(state, plain)["kernel"], other.latents["kernel"]
+    )
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        clipjax.sparse(ADAM, 0.5, every=3),
+        clipjax.sparse(ADAM, 0.5, every=3, elementwise=True),
+        contrib.sparse_momentum(ADAM, 0.5, total_steps=9, key=jax.random.key(0)),
+    ],
+)
+def test_a_step_that_is_not_finite_stays_in_no_moment(tx):
+    params = {"kernel": jnp.arange(64.0).reshape(4, 16) - 31.5}
+    bad = {"kernel": params["kernel"].at[0, 0].set(jnp.nan)}
+    with relaxed():
+        updates, state = tx.update(params, tx.init(params), params)
+        params = optax.apply_updates(params, updates)
+        updates, after = tx.update(bad, state, params)
+    assert_same(after.sparse_inner, state.sparse_inner, rtol=0)
+    assert (updates["kernel"] == 0).all()  # what is pruned is at zero already
+    assert after.sparse.step == 2

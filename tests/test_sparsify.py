@@ -10,7 +10,7 @@ import pytest
 from jax import P
 
 import clipjax
-from clipjax import allocations, contrib, masks, patterns
+from clipjax import allocations, contrib, masks, patterns, prox
 from helpers import assert_same, normal, relaxed, x64
 
 SHAPES = {"a": {"kernel": (9, 11), "bias": (11,)}, "b": {"kernel": (11, 5)}}
@@ -318,9 +318,37 @@ def test_where_chooses_by_path_and_leaf():
     assert zeros(after) == {"a/kernel": 0, "b/kernel": 28}
 
 
-def test_where_nothing_is_chosen_all_passes():
-    params, updates = normal(SHAPES), normal(SHAPES, seed=1)
-    tx = clipjax.sparsify(0.5, where=lambda path, leaf: False)
+def test_a_choice_of_nothing_is_told():
+    params = normal(SHAPES)
+    nothing = {"where": lambda path, leaf: path == "a.kernel"}
+    for make in (
+        lambda: clipjax.sparsify(0.5, **nothing).init(params),
+        lambda: clipjax.sparse(optax.sgd(1.0), 0.5, **nothing).init(params),
+        lambda: clipjax.latent(optax.sgd(1.0), 0.5, **nothing).init(params),
+        lambda: clipjax.proximal(prox.L1(1.0), 1.0, **nothing).init(params),
+        lambda: clipjax.prune(params, 0.5, **nothing),
+    ):
+        with pytest.raises(ValueError, match=r"none of the . leaves .* 'a/bias'"):
+            make()
+    clipjax.sparsify(0.5, **nothing).init({"step": jnp.int32(0)})
+
+
+def test_a_pattern_with_a_sparsity_of_its_own_is_asked_for_no_other():
+    half = {"pattern": patterns.NofM(2, 4)}
+    for make in (
+        lambda s: clipjax.sparsify(s, **half),
+        lambda s: clipjax.latent(optax.sgd(1.0), s, **half),
+        lambda s: clipjax.prune(normal(SHAPES), s, **half),
+    ):
+        with pytest.raises(ValueError, match=r"sparsity is 0.9, but .* own, 0.5"):
+            make(0.9)
+    for sparsity in (0, 0.5, optax.linear_schedule(0.0, 0.9, 3)):
+        clipjax.sparsify(sparsity, **half)
+
+
+def test_by_default_nothing_may_be_chosen():
+    params, updates = {"bias": jnp.ones(3)}, {"bias": jnp.ones(3)}
+    tx = clipjax.sparsify(0.5)
     passed, state = tx.update(updates, tx.init(params), params)
     assert_same(passed, updates, rtol=0)
     assert (state.step, state.total_sparsity) == (1, 0)

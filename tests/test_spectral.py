@@ -408,3 +408,23 @@ def test_in_shard_map_rows_and_columns_cannot_both_be_split():
     alone = clip_by(Bound(1.0, norm=norms.spectral_norm))
     expected = jax.jit(functools.partial(first_step, alone))(x)
     assert_same(run(by_norm)(x), expected, rtol=1e-5)
+
+
+def test_on_an_explicit_mesh_a_matrix_may_be_split_along_every_axis():
+    explicit = (jax.sharding.AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((4, 2), ("d", "e"), axis_types=explicit)
+    specs = {"rows": P("d"), "both": P("d", "e"), "conv": P(None, None, "e", "d")}
+    shapes = {"rows": (8, 6), "both": (8, 6), "conv": (1, 3, 2, 8)}
+    updates = {name: {"kernel": normal(shape)} for name, shape in shapes.items()}
+    tx = spectral_clip(1.0)
+    expected, _ = tx.update(updates, tx.init(updates))
+    with jax.set_mesh(mesh):
+        split = {
+            name: jax.device_put(leaf, jax.NamedSharding(mesh, specs[name]))
+            for name, leaf in updates.items()
+        }
+        clipped, _ = jax.jit(tx.update)(split, tx.init(split))
+    assert_same(jax.device_get(clipped), jax.device_get(expected), atol=1e-5)
+    for name, leaf in clipped.items():
+        before, after = split[name]["kernel"].sharding, leaf["kernel"].sharding
+        assert after.is_equivalent_to(before, leaf["kernel"].ndim)

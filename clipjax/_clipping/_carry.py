@@ -75,7 +75,10 @@ def carry_clipped(
         )
 
     def update(updates, state, params=None, **extra_args):
-        total = trees.map_by_path(_add, updates, trees.by_path(state.carry))
+        carry = trees.by_path(state.carry)
+        for path, update in trees.float_arrays(updates).items():
+            check.same_kind("carry", path, carry.get(path), update)
+        total = trees.map_by_path(_add, updates, carry)
         fits = jnp.isfinite(norms.inf_norm(total, axis_name=axis_name))
 
         def chosen(total, update):

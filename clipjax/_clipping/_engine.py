@@ -265,6 +265,7 @@ def _init(plan: _Plan, params: PyTree) -> ClipByState:
                 rule = bound.rule(part.label)
                 if isinstance(rule, History) and part.label not in own:
                     own[part.label] = rule.empty(_blank(plan, leaves, path, division))
+            own = trees.remembered(params, own)
         memory.append(own)
     record = first() if plan.measures else UnmeasuredState(jnp.zeros([], jnp.int32))
     return ClipByState(record, tuple(memory))
@@ -353,15 +354,23 @@ def _step(
     values = [stack.values for stack in stacks]
     norm = _whole(plan, values, division.over)
     update = _Update(plan, leaves, found, params, step, division, stacks, norm)
-    now, memory = _Now(values, norm), []
-    for i, (bound, old) in enumerate(
-        zip(plan.bounds, state.threshold_memory, strict=True)
-    ):
+    if len(state.threshold_memory) != len(plan.bounds):
+        raise ValueError(
+            f"state is of {len(state.threshold_memory)} bounds, but there are"
+            f" {len(plan.bounds)}. Make a new one by `tx.init(params)`."
+        )
+    now, memory, past = _Now(values, norm), [], state.threshold_memory
+    if plan.remembers:
+        past = trees.unboxed(past)
+    for i, (bound, old) in enumerate(zip(plan.bounds, past, strict=True)):
         now, new = _through(update, bound, division.parts[i], old, now)
         memory.append(new)
     changed = _applied(update, now)
     record = _recorded(update, state.clip, now, changed)
-    return trees.replaced(updates, changed), ClipByState(record, tuple(memory))
+    kept = tuple(memory)
+    if plan.remembers:
+        kept = trees.boxed_as(kept, state.threshold_memory)
+    return trees.replaced(updates, changed), ClipByState(record, kept)
 
 
 # How an update is measured
@@ -615,6 +624,7 @@ def _compared(
     if isinstance(rule, Relative):
         limit = rule.of(weights())
     elif isinstance(rule, History):
+        _check_memory(rule, memory, labels, norm)
         if norm.ndim:
             past = _stacked_memory(memory, labels, norm)
         else:
@@ -643,6 +653,16 @@ def _compared(
         return limit, factor, {label: new}
     rows = [jax.tree.map(lambda x, i=i: x[i], new) for i in range(len(labels))]
     return limit, factor, dict(zip(labels, rows, strict=True))
+
+
+def _check_memory(
+    rule: History, memory: dict[str, PyTree], labels: tuple[str, ...], norm: Array
+) -> None:
+    """Raises where a state remembers other parts, or by another rule."""
+    row = jax.ShapeDtypeStruct(norm.shape[1:], jnp.float32)
+    new = jax.eval_shape(rule.empty, row)
+    for label in labels:
+        check.same_kind("memory of norms", label, memory.get(label), new)
 
 
 def _by_label(

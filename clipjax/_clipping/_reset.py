@@ -116,6 +116,8 @@ def reset_moments(
         norm = norms.global_norm(updates, scaled=True, axis_name=axis_name)
         norm = norm.astype(jnp.float32)
         known = jnp.isfinite(norm)
+        first = jax.eval_shape(usual.empty, norm)
+        check.same_kind("memory of norms", "", state.reset_norms, first)
         rule = trees.at_step(usual, state.step)
         bound = rule.threshold(state.reset_norms, norm)
         spike = known & (norm > bound) & (on_spike is not None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
@@ -133,6 +134,8 @@ def skip_spikes(
         )
 
     def update(updates, state, params=None, **extra_args):
+        recent = jax.ShapeDtypeStruct((window,), jnp.float32)
+        check.same_kind("window of norms", "", state.recent_norms, recent)
         step = state.skip.step
         norm = norms.global_norm(updates, scaled=True, axis_name=axis_name)
         norm = norm.astype(jnp.float32)

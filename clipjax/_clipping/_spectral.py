@@ -111,7 +111,9 @@ class _OfSpectrum:
             if not is_matrix or (self.where and not self.where(path, leaf)):
                 return leaf
             sides = _sides(path, leaf, kept, rows, self.specs, self.axis_name)
-            return _clipped(leaf, sides, self.response, bound)
+            return sharding.laid_out_by_compiler(
+                lambda x, limit: _clipped(x, sides, self.response, limit), leaf, bound
+            )
 
         return entries
 

@@ -35,6 +35,12 @@ def pack(mask: Bool[Array, "..."]) -> UInt8[Array, "..."]:
     return jnp.packbits(mask if mask.ndim else mask[None], axis=-1, bitorder="little")
 
 
+def packed_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape of a mask's bits."""
+    *others, last = shape or (1,)
+    return *others, -(-last // BITS)
+
+
 def unpack(bits: UInt8[Array, "..."], shape: tuple[int, ...]) -> Bool[Array, "..."]:
     """Turns packed bits back into a mask of this shape."""
     # Not `unpackbits`, whose loop XLA does not fuse into the one that reads the mask.

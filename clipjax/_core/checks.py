@@ -6,12 +6,18 @@ A tracer has no value yet and a schedule has one a step: neither can be checked 
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.core import Tracer
+
+_RESUME = (
+    "Make a new state by `tx.init(params)`, or go on with the arguments that this one"
+    " was made with."
+)
 
 
 def positive(**values: Any) -> None:
@@ -127,6 +133,22 @@ def pattern(**values: Any) -> None:
             has_method("masks", **{name: value})
 
 
+def met_by(pattern: Any, **values: Any) -> None:
+    """Raises unless a pattern with a sparsity of its own is asked for that, or none.
+
+    A schedule says when it starts, and what is traced is not known.
+    """
+    own = getattr(pattern, "own_sparsity", None)
+    for name, value in values.items():
+        if own is None or not isinstance(value, int | float):
+            continue
+        if value != 0 and abs(value - own) > 1e-6:
+            raise ValueError(
+                f"{name} is {value!r}, but {pattern!r} has a sparsity of its own,"
+                f" {own:.6g}. Pass that, or change the pattern."
+            )
+
+
 def one_of(*kinds: type, **values: Any) -> None:
     """Raises unless every value is an instance of one of these classes."""
     for name, value in values.items():
@@ -166,6 +188,38 @@ def score_shape(path: str, score: Any, param: Any) -> None:
         raise ValueError(
             f"score must return an array shaped like the parameter, but at {path!r} it"
             f" returned shape {jnp.shape(score)} for {jnp.shape(param)}."
+        )
+
+
+def same_paths(kept: str, entries: Iterable[str], leaves: Iterable[str]) -> None:
+    """Raises unless a state holds something for each of these leaves, and no other."""
+    for path in leaves:
+        if path not in entries:
+            raise ValueError(
+                f"state has no {kept} for {path!r}: it was made of other parameters or"
+                f" with another `where`. {_RESUME}"
+            )
+    for path in entries:
+        if path not in leaves:
+            raise ValueError(
+                f"state has a {kept} for {path!r}, which is not among the parameters,"
+                f" or which `where` does not choose any more. {_RESUME}"
+            )
+
+
+def same_kind(kept: str, path: str, old: Any, new: Any) -> None:
+    """Raises unless what a state holds has the shapes of what a new one would."""
+    has, needs = (
+        ", ".join(str(jnp.shape(leaf)) for leaf in jax.tree.leaves(tree))
+        for tree in (old, new)
+    )
+    if has != needs:
+        place = f" for {path!r}" if path else ""
+        has = f"a {kept}{place} of shape {has}" if has else f"no {kept}{place}"
+        needs = f"one of shape {needs}" if needs else "none"
+        raise ValueError(
+            f"state has {has}, but these arguments and parameters need {needs}."
+            f" {_RESUME}"
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -135,6 +136,25 @@ def like(values: Array, x: Array) -> Array:
     if _is_explicit(x):
         return jax.sharding.reshard(values, jax.typeof(x).sharding)
     return values
+
+
+def laid_out_by_compiler(
+    function: Callable[..., Array], x: Array, *rest: Array
+) -> Array:
+    """Returns `function(x, *rest)`, which lies on the mesh as `x` does.
+
+    Where the mesh is explicit, for a function of more than entries, whose products and
+    shapes have no one layout.
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    explicit = jax.sharding.AxisType.Explicit
+    axes = tuple(name for name, kind in kinds if kind == explicit)
+    if not axes:
+        return function(x, *rest)
+    layout = jax.typeof(x).sharding.spec
+    free: Any = jax.sharding.auto_axes(function, axes=axes, out_sharding=layout)
+    return free(x, *rest)
 
 
 def has_whole_columns(x: Array, multiple: int) -> bool:

@@ -7,6 +7,7 @@ be carried from one to the other.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -59,6 +60,65 @@ def replaced(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
     )
 
 
+def remembered(params: PyTree, entries: dict[str, Any]) -> Any:
+    """Returns entries by path, of new parameters, as a state keeps them.
+
+    An array of the shape of its parameter comes in the box of that, as flax has them,
+    which says how it is split.
+
+    That is one array, where the parameters only stand for others, which
+    `optax.tree_map_params` maps over: a dict by path is no tree of parameters.
+    """
+    if _is_stand_in(params):
+        return jnp.zeros([], jnp.float32)
+    pairs = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_box)
+    boxes = {path(keys): node for keys, node in pairs if _is_box(node)}
+
+    def boxed(box, x):
+        (param,) = jax.tree.leaves(box)
+        is_alike = x.ndim and x.shape == param.shape
+        return jax.tree.map(lambda _: x, box) if is_alike else x
+
+    return entries | {
+        p: jax.tree.map(functools.partial(boxed, boxes[p]), entry)
+        for p, entry in entries.items()
+        if p in boxes
+    }
+
+
+def unboxed(tree: PyTree) -> PyTree:
+    """Returns a tree with the arrays themselves in place of their boxes."""
+    return jax.tree.map(
+        lambda node: jax.tree.leaves(node)[0] if _is_box(node) else node,
+        tree,
+        is_leaf=_is_box,
+    )
+
+
+def boxed_as(tree: PyTree, like: PyTree) -> PyTree:
+    """Returns a tree in the boxes of another, which is the same but for these."""
+    return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(tree))
+
+
+def _is_box(node: Any) -> bool:
+    """Tells whether a node holds nothing but a leaf that it calls `value`."""
+    if isinstance(node, Mapping | list | tuple | None):
+        return False
+    pairs = jax.tree_util.tree_leaves_with_path(node)
+    return len(pairs) == 1 and pairs[0][0] == (jax.tree_util.GetAttrKey("value"),)
+
+
+def _is_stand_in(params: PyTree) -> bool:
+    """Tells whether a tree holds a node without children that is no container."""
+
+    def is_whole(node):
+        return not isinstance(node, Mapping | list | tuple | None)
+
+    nodes = jax.tree.leaves(params, is_leaf=is_whole)
+    kinds = map(jax.tree.structure, nodes)
+    return any(kind.num_nodes == 1 and not kind.num_leaves for kind in kinds)
+
+
 def floats(tree: PyTree) -> dict[str, Any]:
     """Returns by path the leaves that hold floating-point numbers, as JAX arrays.
 
@@ -66,6 +126,12 @@ def floats(tree: PyTree) -> dict[str, Any]:
     """
     leaves = by_path(tree).items()
     return {name: as_array(leaf) for name, leaf in leaves if is_float(leaf)}
+
+
+def float_arrays(tree: PyTree) -> dict[str, Any]:
+    """Returns by path the floating leaves that were arrays, and no plain numbers."""
+    leaves = by_path(tree).items()
+    return {name: x for name, x in leaves if is_float(x) and _has_dtype(x)}
 
 
 def as_array(leaf: Any) -> Array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import optax
 from jaxtyping import Array, PyTree
 
 from .._core import trees
@@ -47,6 +48,11 @@ def metrics(opt_state: PyTree) -> dict[str, Array]:
         {'norm': 5.0, 'clipped_norm': 1.0, 'threshold': 1.0, 'clipped_share': 1.0,
         'nonfinite_steps': 0.0}
     """
+    if isinstance(opt_state, optax.GradientTransformation):
+        raise TypeError(
+            "opt_state must be the state of an optimizer, but is the optimizer itself."
+            " Pass what `tx.init(params)` or `tx.update(...)` returned."
+        )
     found = [
         (trees.path(keys).removesuffix("/clip"), dict(_plain(state).measured()))
         for keys, state in jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=_ours)

@@ -12,6 +12,7 @@ from .. import allocations, masks, patterns, scores
 from .._core import checks as check, trees
 from .._core.bits import mask_of
 from .._core.types import AxisName, Number, Where
+from .._sparsity._store import chosen
 from ..patterns._by_path import marks
 
 
@@ -62,12 +63,13 @@ def prune(
     check.between(0, 1, sparsity=sparsity)
     check.function(allocation=allocation, where=where)
     check.pattern(pattern=pattern)
+    check.met_by(pattern, sparsity=sparsity)
     if isinstance(score, scores.Tracked):
         raise TypeError(
             f"score must not need a memory of past steps, but is {score!r}. Pass a"
             " function, or a tree such as `scores.snip` or `scores.random` returns."
         )
-    leaves = trees.chosen(params, where)
+    leaves = chosen(params, where)
     scored = _scored(score, leaves)
     kept = marks(
         scored,

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from .. import masks
+from .. import masks, norms
 from .._core import checks as check, emit, trees
 from .._core.bits import mask_of
 from .._core.eager import compiled
 from .._core.memory import restarted
+from .._core.steps import taken_if
 from ._ranked import Now
 from ._store import Leaves, Masks, SparsifyState, Store, hidden, is_due
 
@@ -77,16 +78,11 @@ def masked(
 
     def update(updates, state, params=None, **extra_args):
         check.given_params(name, params)
-        moves, leaves = trees.floats(updates), trees.chosen(params, store.where)
+        before, moves = trees.unboxed(state.sparse), trees.floats(updates)
+        leaves = store.leaves(params, before)
         leaves = {p: x for p, x in leaves.items() if p in moves}
         moves = {p: moves[p] for p in leaves}
-        now = Now(
-            leaves,
-            moves,
-            state.sparse.score_memory,
-            state.sparse.step,
-            state.masks_made,
-        )
+        now = Now(leaves, moves, before.score_memory, before.step, state.masks_made)
         now = now._replace(memory=rule.track(now))
 
         def make(old, inner_state):
@@ -98,24 +94,24 @@ def masked(
                 stays = {p: mask & mask_of(old[p]) for p, mask in stays.items()}
             return new, restarted(inner, inner_state, visible, stays)
 
+        known = jnp.isfinite(norms.inf_norm(moves, axis_name=store.axis_name))
         read, after, inner_state, made = store.change(
-            state.sparse._replace(score_memory=now.memory),
+            before._replace(score_memory=now.memory),
             leaves,
-            is_due(state.sparse, store.every, store.sparsity),
+            known & is_due(before, store.every, store.sparsity),
             make,
             other=state.sparse_inner,
-            updates=moves,
         )
         kept = read()
 
         def seen(tree):
             return tree if elementwise else trees.map_by_path(hidden, tree, kept)
 
-        outgoing, inner_state = inner.update(
-            seen(updates), inner_state, seen(params), **extra_args
-        )
+        step = inner.update(seen(updates), inner_state, seen(params), **extra_args)
+        outgoing, inner_state = taken_if(known, *step, inner_state)
         number = state.masks_made + made.astype(jnp.int32)
         outgoing = trees.map_by_path(emit.kept, outgoing, leaves, kept)
+        after = trees.boxed_as(after, state.sparse)
         return outgoing, SparseState(after, number, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, compiled(update))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
@@ -41,6 +43,7 @@ class Ranked:
         check.function(allocation=self.allocation)
         check_score(self.score)
         check.pattern(pattern=self.pattern)
+        check.met_by(self.pattern, sparsity=self.sparsity)
 
     def init(self, params: Leaves) -> Leaves:
         """Returns what the score remembers before the first step."""
@@ -50,6 +53,7 @@ class Ranked:
 
     def track(self, now: Now) -> Leaves:
         """Takes a step into the memory of the score, if its updates are finite."""
+        check_memory(self.score, now.memory, now.params)
         if not isinstance(self.score, scores.Tracked):
             return now.memory
         return tracked(self.score, now.memory, now.params, now.updates, self.axis_name)
@@ -73,6 +77,17 @@ def check_score(score: scores.Score | scores.Tracked) -> None:
         check.has_method("init", score=score)
     else:
         check.function(score=score)
+
+
+def check_memory(
+    score: scores.Score | scores.Tracked, memory: Leaves, params: Leaves
+) -> None:
+    """Raises where a state remembers what another score would."""
+    for path, x in params.items():
+        new = None
+        if isinstance(score, scores.Tracked):
+            new = jax.eval_shape(functools.partial(score.init, path), x)
+        check.same_kind("memory of the score", path, memory.get(path), new)
 
 
 def check_sees_gradients(score: scores.Score | scores.Tracked) -> None:

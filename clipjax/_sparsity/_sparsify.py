@@ -99,16 +99,18 @@ def sparsify(
     def update(updates, state, params=None, **extra_args):
         del extra_args
         check.given_params("sparsify", params)
-        leaves, moves = trees.chosen(params, where), trees.floats(updates)
+        before, moves = trees.unboxed(state), trees.floats(updates)
+        leaves = store.leaves(params, before)
         leaves = {p: x for p, x in leaves.items() if p in moves}
-        now = Now(leaves, moves, state.score_memory, state.step)
+        now = Now(leaves, moves, before.score_memory, before.step)
         now = now._replace(memory=rule.track(now))
-        read, state = store.next(
-            state._replace(score_memory=now.memory),
+        read, after = store.next(
+            before._replace(score_memory=now.memory),
             leaves,
-            is_due(state, store.every, store.sparsity),
+            is_due(before, store.every, store.sparsity),
             lambda old: rule.masks(now, old),
         )
-        return trees.map_by_path(emit.kept, updates, leaves, read()), state
+        outgoing = trees.map_by_path(emit.kept, updates, leaves, read())
+        return outgoing, trees.boxed_as(after, state)
 
     return optax.GradientTransformationExtraArgs(init, compiled(update))

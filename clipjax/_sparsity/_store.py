@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -68,8 +69,8 @@ class Store:
 
     def init(self, params: PyTree, memory: Leaves | None = None) -> SparsifyState:
         """Returns the state with full masks, which are due to be made."""
-        leaves = trees.chosen(params, self.where)
-        return SparsifyState(
+        leaves = chosen(params, self.where)
+        state = SparsifyState(
             jnp.zeros([], jnp.int32),
             jnp.asarray(NEVER, jnp.int32),
             {p: self.full(x) for p, x in leaves.items()} if self.stores else {},
@@ -77,6 +78,13 @@ class Store:
             jnp.zeros([], jnp.float32),
             {} if memory is None else memory,
         )
+        return as_kept(params, state)
+
+    def leaves(self, params: PyTree, state: SparsifyState) -> Leaves:
+        """Returns by path the leaves with a mask, as this state must have them."""
+        leaves = trees.chosen(params, self.where)
+        check_masks(state, leaves, self.storage)
+        return leaves
 
     def held(self, state: SparsifyState, leaves: Leaves) -> Masks:
         """Returns the masks as they are stored."""
@@ -159,6 +167,54 @@ class Store:
         return read, after, changed, made
 
 
+def chosen(params: PyTree, where: Where) -> Leaves:
+    """Returns by path the leaves that are made sparse; some, if a user says which.
+
+    A tree may well have none of the leaves that are chosen by default, such as one
+    group of `optax.partition`.
+    """
+    leaves, every = trees.chosen(params, where), trees.floats(params)
+    if every and not leaves and where is not masks.weights:
+        raise ValueError(
+            f"where chooses none of the {len(every)} leaves of params, such as"
+            f" {next(iter(every))!r}: nothing would become sparse. It gets such a path"
+            " and the leaf, and returns whether to choose it."
+        )
+    return leaves
+
+
+def as_kept(params: PyTree, state: SparsifyState) -> SparsifyState:
+    """Returns a new state with its dicts as they are kept between two steps."""
+    keep = functools.partial(trees.remembered, params)
+    return state._replace(
+        mask_bits=keep(state.mask_bits),
+        leaf_sparsity=keep(state.leaf_sparsity),
+        score_memory=keep(state.score_memory),
+    )
+
+
+def check_masks(
+    state: SparsifyState, leaves: Leaves, storage: masks.Storage | None
+) -> None:
+    """Raises where a state has other masks than it should; nothing is computed."""
+    check.same_paths("mask", state.leaf_sparsity, leaves)
+    stores = storage is not None and not isinstance(storage, masks.Zeros)
+    for path, x in leaves.items():
+        bits = state.mask_bits.get(path)
+        is_bool = not (isinstance(storage, masks.Bits) and _is_whole(x))
+        is_alike = bits is not None and (bits.dtype == bool) == is_bool
+        if not is_alike if stores else bits is not None:
+            kind = "no mask" if bits is None else f"a mask of {bits.dtype}"
+            raise ValueError(
+                f"state has {kind} for {path!r}, which is not how {storage!r} would"
+                " keep it. Pass the `storage` that the state was made with, or make a"
+                " new one by `tx.init(params)`."
+            )
+        if bits is not None:
+            shape = x.shape if is_bool else packed.packed_shape(x.shape)
+            check.same_kind("mask", path, bits, jax.ShapeDtypeStruct(shape, bits.dtype))
+
+
 def check_storage(name: str, storage: masks.Storage) -> None:
     """Raises where zeros would be taken for pruned, but may be kept ones."""
     if isinstance(storage, masks.Zeros):
@@ -214,8 +270,11 @@ def pack(
         return mask_of(mask)
     if isinstance(mask, Packed):
         return mask.bits
-    is_whole = sharding.has_whole_columns(mask, masks.BITS)
-    return packed.pack(mask) if is_whole else mask
+    return packed.pack(mask) if _is_whole(mask) else mask
+
+
+def _is_whole(x: Array) -> bool:
+    return sharding.has_whole_columns(x, masks.BITS)
 
 
 def unpack(bits: Array, param: Array) -> Bool[Array, "..."]:

@@ -10,12 +10,14 @@ from jax import lax
 from jaxtyping import Array, Bool, PyTree
 
 from .. import norms
-from .._core import sharding, trees
+from .._core import checks as check, sharding, trees
 from .._core.types import AxisName
 
 
 def compressible(updates: PyTree, memory: dict[str, Array]) -> dict[str, Array]:
     """Returns by path the updates that are compressed."""
+    for path, update in trees.float_arrays(updates).items():
+        check.same_kind("memory", path, memory.get(path), update)
     leaves = trees.floats(updates).items()
     return {path: leaf for path, leaf in leaves if leaf.size and path in memory}
 

@@ -94,6 +94,9 @@ def regularized_dual_averaging(
         del extra_args
         check.given_params("regularized_dual_averaging", params)
         leaves, gradients = trees.floats(params), trees.floats(updates)
+        starts = trees.by_path(state.start)
+        for path, x in trees.float_arrays(params).items():
+            check.same_kind("start", path, starts.get(path), x)
         finite = jnp.isfinite(norms.inf_norm(updates, axis_name=axis_name))
         new = trees.next_step(state.averaged_steps)
         steps = jnp.where(finite, new, state.averaged_steps)
@@ -117,9 +120,8 @@ def regularized_dual_averaging(
             return jnp.where(finite, step, jnp.zeros_like(step))
 
         paths = {path: path for path in leaves}
-        means_by_path, starts = trees.by_path(means), trees.by_path(state.start)
         outgoing = trees.map_by_path(
-            emitted, updates, leaves, paths, means_by_path, starts
+            emitted, updates, leaves, paths, trees.by_path(means), starts
         )
         return outgoing, DualAveragingState(
             trees.next_step(state.step), steps, means, state.start

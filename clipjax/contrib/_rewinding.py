@@ -126,10 +126,11 @@ def rewinding(
     inner = optax.with_extra_args_support(inner)
 
     def init(params):
+        early = {p: jnp.array(x, copy=True) for p, x in trees.floats(params).items()}
         return RewindingState(
             store.init(params)._replace(mask_age=jnp.zeros([], jnp.int32)),
             jnp.zeros([], jnp.int32),
-            {p: jnp.array(x, copy=True) for p, x in trees.floats(params).items()},
+            trees.remembered(params, early),
             inner.init(params),
         )
 
@@ -151,11 +152,14 @@ def rewinding(
 
     def update(updates, state, params=None, **extra_args):
         check.given_params("rewinding", params)
-        now = state.rewinding
+        now, rewound = trees.unboxed((state.rewinding, state.rewound))
         moves, own = trees.floats(updates), trees.floats(params)
         own = {p: x for p, x in own.items() if p in moves}
-        leaves = {p: x for p, x in trees.chosen(params, where).items() if p in moves}
-        early = _at(state.rewound, own, now.step, rewind_step)
+        leaves = store.leaves(params, now)
+        for path, x in trees.float_arrays(params).items():
+            check.same_kind("early parameter", path, rewound.get(path), x)
+        leaves = {p: x for p, x in leaves.items() if p in moves}
+        early = _at(rewound, own, now.step, rewind_step)
         more = state.rounds_done.astype(jnp.float32) < trees.value_at(rounds, now.step)
         read, after, _, made = store.change(
             now,
@@ -188,9 +192,9 @@ def rewinding(
         outgoing = trees.map_by_path(toward, outgoing, own, early)
         age = jnp.where(made, 1 - _STEPS, trees.next_step(now.mask_age))
         new_state = RewindingState(
-            after._replace(mask_age=age),
+            trees.boxed_as(after._replace(mask_age=age), state.rewinding),
             state.rounds_done + made.astype(jnp.int32),
-            early,
+            trees.boxed_as(early, state.rewound),
             inner_state,
         )
         return trees.map_by_path(emit.kept, outgoing, leaves, kept), new_state

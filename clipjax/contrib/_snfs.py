@@ -128,6 +128,8 @@ class _Redistributing:
         """Takes a finite gradient into the means."""
         if not now.updates:
             return now.memory
+        for path, x in now.updates.items():
+            check.same_kind("mean gradient", path, now.memory.get(path), x)
         decay = trees.value_at(self.decay, now.step)
         peak = norms.inf_norm(now.updates, axis_name=self.start.axis_name)
         known = jnp.isfinite(peak)

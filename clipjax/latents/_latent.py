@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
@@ -12,7 +14,8 @@ from .. import allocations, masks, norms, patterns, scores
 from .._core import checks as check, emit, trees
 from .._core.eager import compiled
 from .._core.types import AxisName, Number, Schedule, Where
-from .._sparsity._store import SparsifyState
+from .._sparsity._ranked import check_memory
+from .._sparsity._store import Leaves, SparsifyState, as_kept, check_masks, chosen
 from ._masks import Masking, kept_of
 from ._reparametrizations import Reparametrization, straight_through
 from ._step import Step
@@ -141,23 +144,26 @@ def latent(
     )
 
     def init(params):
-        leaves = trees.chosen(params, where)
+        leaves = chosen(params, where)
         start = stepping.first(params, leaves)
         weights = {p: stepping.weights(start, p) for p in leaves}
         makes = masking.here()
         thresholds = makes.thresholds(weights)
         masked, explored = makes.first(weights, thresholds, start.memory)
+        keep = functools.partial(trees.remembered, params)
         return LatentState(
-            masked,
-            start.latents,
+            as_kept(params, masked),
+            keep(start.latents),
             start.levels,
-            thresholds,
-            explored,
+            keep(thresholds),
+            keep(explored),
             start.inner,
         )
 
     def update(updates, state, params=None, **extra_args):
         check.given_params("latent", params)
+        boxes, state = state, _unboxed(state)
+        _check(state, trees.chosen(params, where), masking)
         slopes, leaves = trees.floats(updates), trees.floats(params)
         known = jnp.isfinite(norms.inf_norm(updates, axis_name=axis_name))
         moved, others = stepping.take(known, updates, state, params, extra_args)
@@ -174,14 +180,41 @@ def latent(
         outgoing = trees.replaced(updates, others)
         paths = {path: path for path in weights}
         outgoing = trees.map_by_path(emitted, outgoing, leaves, weights, paths)
-        new_state = LatentState(
+        after = LatentState(
             masked,
             moved.latents,
             moved.levels,
             state.fixed_thresholds,
             explored,
-            moved.inner,
+            (),
         )
-        return outgoing, new_state
+        after = trees.boxed_as(after, boxes._replace(latent_inner=()))
+        return outgoing, after._replace(latent_inner=moved.inner)
 
     return optax.GradientTransformationExtraArgs(init, compiled(update))
+
+
+def _check(state: LatentState, leaves: Leaves, masking: Masking) -> None:
+    """Raises where a state was made of other parameters, or with other arguments."""
+    rule, masked = masking.rule, state.latent_masks
+    check_masks(masked, leaves, masking.storage if masking.stores else None)
+    check_memory(masking.score, masked.score_memory, leaves)
+    has_explored = rule.backward_sparsity is not None
+    explored = leaves if has_explored else {}
+    check.same_paths("mask of gradients", state.explored_bits, explored)
+    number = jax.ShapeDtypeStruct((), jnp.float32)
+    for path, x in leaves.items():
+        level = None if rule.curve.level is None else number
+        threshold = None if rule.threshold is None else number
+        for kept, entries, kind in (
+            ("latent weight", state.latents, x),
+            ("learned level", state.levels, level),
+            ("fixed threshold", state.fixed_thresholds, threshold),
+        ):
+            check.same_kind(kept, path, entries.get(path), kind)
+
+
+def _unboxed(state: LatentState) -> LatentState:
+    """Returns a state with plain arrays in all that is not the optimizer's."""
+    own = trees.unboxed(state._replace(latent_inner=()))
+    return own._replace(latent_inner=state.latent_inner)

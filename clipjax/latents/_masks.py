@@ -55,6 +55,7 @@ class Masking:
             check.between(0, 1, sparsity=self.sparsity)
         check.at_least(1, every=self.every)
         check.pattern(pattern=self.pattern)
+        check.met_by(self.pattern, sparsity=self.sparsity)
         check.function(allocation=self.allocation)
         check_score(self.score)
         check_sees_gradients(self.score)

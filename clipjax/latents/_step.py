@@ -50,6 +50,8 @@ class Step:
             latents[path] = _finite(start)
             if isinstance(self.score, Tracked):
                 memory[path] = self.score.init(path, leaf)
+        if curve.level is not None:
+            levels = trees.remembered(params, levels)
         inner = self.inner.init(_seen(params, latents, levels))
         return Moved(latents, levels, memory, inner)
 
@@ -147,10 +149,10 @@ class Step:
         }
 
 
-def _seen(tree: PyTree, latents: Leaves, levels: Leaves) -> PyTree:
+def _seen(tree: PyTree, latents: Leaves, levels: PyTree) -> PyTree:
     """Returns what the optimizer sees: latent weights, or a pair with the levels."""
     seen = trees.replaced(tree, latents)
-    return (seen, levels) if levels else seen
+    return (seen, levels) if jax.tree.leaves(levels) else seen
 
 
 def _moved(old: Array, update: Array | None) -> Array:

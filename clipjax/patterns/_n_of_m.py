@@ -22,8 +22,8 @@ class NofM:
     """Keeps the best `n` of every `m` neighbors along an axis.
 
     Of equal scores the first stays.  The sparsity is fixed by the pattern, 1 - n/m, and
-    what is asked for counts only as zero, where all stays, or not zero.  The allocation
-    is not used.
+    what is asked for counts only as zero, where all stays, or not zero: a number that
+    is neither zero nor that one is refused.  The allocation is not used.
 
     Args:
         n: how many of the neighbors stay, in [0, m].
@@ -60,6 +60,11 @@ class NofM:
         check.whole(0, n=self.n)
         check.between(0, self.m, n=self.n)
         check.flag(dense_if_ragged=self.dense_if_ragged)
+
+    @property
+    def own_sparsity(self) -> float:
+        """Returns the only sparsity that there is beside zero."""
+        return 1 - self.n / self.m
 
     def masks(
         self,
