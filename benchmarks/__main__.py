@@ -101,16 +101,47 @@ the largest change of the 100 norms after it.
     "training": """Whole trainings
 
 Final validation loss, mean of three seeds, against the grid of fixed thresholds of
-`clip_by_global_norm`; all else by its defaults, AGC with 0.01. A training that diverges
-counts as none at all. `ratio=0.02` adds a bound by the parameters; it was the default
-of `adaptive_clip`, and was chosen on these workloads. On 32 other trainings it was
-worse than no clip, so it is off now; the default has not been trained here.
+`clip_by_global_norm`; all else by its defaults, AGC with 0.01, and `zclip` as it was,
+with a ceiling of 1, which made it a clip at 1. A training that diverges counts as none
+at all. `adaptive_clip(ratio=0.02)` adds a bound by the parameters and was chosen on
+these workloads; its history was 1.05 of the 0.9-quantile of 64 norms.
 
 {losses}
 
 As a ratio to the best threshold of the grid:
 
 {ratios}
+
+What was chosen here did not carry over. On 14 other small trainings, two seeds each,
+with Adam, SGD, Lion and gradient accumulation, the final loss as a ratio to that of the
+best of no clip and six thresholds, geometric means, ratios capped at 10. Healthy are
+those on which no clip is within 2 % of the best; steps are those of them, at the
+median. The last row was chosen on these trainings too, which flatters it:
+
+| rule | eight healthy ones: mean, worst | steps touched | six that need a clip |
+| ---- | ------------------------------: | ------------: | -------------------: |
+| no clip | 1.00, 1.02 | 0 % | 3.42 |
+| `clip_by_global_norm(1)` | 1.57, 15.8 | 96 % | 1.09 |
+| `adaptive_clip(ratio=0.02)`, as it was | 2.59, 15.8 | 100 % | 1.97 |
+| 1.05 · Q₀.₉ of 64 norms, the default before | 1.00, 1.05 | 8 % | 1.67 |
+| max(2 · median, 1.05 · Q₀.₉) of 64 norms | 0.995, 1.01 | 2 % | 1.54 |
+| 1.5 · median of 64 norms | 1.01, 1.03 | 10 % | 1.35 |
+| 2 · median of 64 norms | 1.00, 1.01 | 3 % | 1.35 |
+| max(min(1.05 · Q₀.₉₅, 2 · median), s) of 128 norms | 0.99, 1.02 | 8 % | 1.38 |
+| **`adaptive_clip()`** | **0.99, 1.00** | **4 %** | **1.24** |
+
+- A bound by the parameters is a bound on the gradient, whose scale is arbitrary: it
+  strangles what starts at zero, has large targets or a small rate.
+- A quantile near one follows the heavy tail of a noisy gradient; a multiple of the
+  median does not, but lets a spike through at that multiple where norms scatter little.
+  So the threshold goes by the spread, m·r^1.8 with r = Q₀.₉/m, and where r says that
+  the tail is heavy, it falls to the median of the last 16 norms.
+- Gradients that explode from the first step on (a recurrent net of rectifiers: 1.9
+  times the best threshold, 32 without a clip) are held back by a first threshold of a
+  hundredth of the parameters' norm, from which it has to grow. Scaling by the first
+  norm instead, with no look at the parameters, helps such nets less: 3.0 to 12.8.
+- Two seeds of a recurrent net or of reinforcement learning differ by a tenth in the
+  last column; differences below that say nothing.
 """,
     "precision": """The precision of a clip
 

@@ -24,6 +24,7 @@ SPARSITIES = [0.0, 0.1, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999, 1.0]
 ALL = [
     allocations.uniform,
     allocations.global_,
+    allocations.square_root,
     allocations.erdos_renyi,
     allocations.erdos_renyi_kernel,
 ]
@@ -89,15 +90,14 @@ def test_uniform_keeps_its_share_of_every_array(allocation, shapes, sparsity):
     assert traced_kept(allocation, shapes, sparsity) == expected
 
 
-def erdos_renyi(shapes, wanted, axes):
+def in_proportion(shapes, wanted, density):
     """The loop of the paper: whoever would keep more than all becomes dense."""
-    own = [shape[axes] for shape in shapes]
     dense = set()
     while True:
         sparse = [i for i in range(len(shapes)) if i not in dense]
         if not sparse:
             return [float(n) for n in sizes(shapes)]
-        ratios = {i: sum(own[i]) / np.prod(own[i]) for i in sparse}
+        ratios = {i: density(shapes[i]) for i in sparse}
         mass = sum(ratios[i] * sizes(shapes)[i] for i in sparse)
         scale = (wanted - sum(sizes(shapes)[i] for i in dense)) / mass
         over = [i for i in sparse if scale * ratios[i] > 1 + 1e-12]
@@ -111,19 +111,20 @@ def erdos_renyi(shapes, wanted, axes):
 
 @pytest.mark.parametrize("shapes", [LENET, CONVS, HUGE])
 @pytest.mark.parametrize(
-    ("allocation", "axes"),
+    ("allocation", "density"),
     [
-        (allocations.erdos_renyi_kernel, slice(None)),
-        (allocations.erdos_renyi, slice(-2, None)),
+        (allocations.erdos_renyi_kernel, lambda shape: sum(shape) / np.prod(shape)),
+        (allocations.erdos_renyi, lambda s: sum(s[-2:]) / np.prod(s[-2:])),
+        (allocations.square_root, lambda shape: np.prod(shape) ** -0.5),
     ],
 )
 @each_sparsity
-def test_erdos_renyi_is_that_of_the_paper(shapes, sparsity, allocation, axes):
+def test_densities_are_in_proportion(shapes, sparsity, allocation, density):
     total = sum(sizes(shapes))
     actual = np.array(traced_kept(allocation, shapes, sparsity))
     wanted = rest(sparsity, total)
     assert sum(actual) == max(wanted, len(shapes))
-    expected = np.maximum(erdos_renyi(shapes, wanted, axes), 1)
+    expected = np.maximum(in_proportion(shapes, wanted, density), 1)
     # One array takes what rounding and float32 leave over.
     slack = len(shapes) + 1e-5 * total
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=slack)

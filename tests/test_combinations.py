@@ -33,7 +33,7 @@ class Half:
 
 
 S = clipjax.sparsify(0.5, pattern=Half())
-LATE = clipjax.sparsify(lambda step: 0.5 * (step > 0), pattern=Half())
+LATE = clipjax.sparsify(lambda step: 0.5 * (step > 1), pattern=Half())
 INSIDE = optax.chain(ADAM, S)
 
 

@@ -22,7 +22,7 @@ def prune(
     *,
     score: scores.Score | PyTree = scores.magnitude,
     pattern: patterns.Pattern | patterns.PatternByPath = patterns.Unstructured(),
-    allocation: allocations.Allocation = allocations.uniform,
+    allocation: allocations.Allocation = allocations.square_root,
     where: Where = masks.weights,
     axis_name: AxisName = None,
 ) -> PyTree:
@@ -45,7 +45,8 @@ def prune(
             a score stay dense.
         pattern: in what shape zeros come, from `patterns`; or a function from path and
             leaf to a pattern.
-        allocation: how the leaves share the sparsity, from `allocations`.
+        allocation: how the leaves share the sparsity, from `allocations`; by default
+            `square_root`.
         where: which leaves are made sparse, by path and leaf; by default floating
             leaves of rank 2 or more that are no bias, scale or embedding.
         axis_name: inside `jax.shard_map`, the mesh axes over which leaves are split;

@@ -69,7 +69,7 @@ def sparse(
             leaf to a pattern: the leaves of each pattern then meet the sparsity by
             themselves.
         allocation: how the leaves share the sparsity, from `allocations`;
-            by default `uniform`.
+            by default `square_root`.
         every: the number of steps between two masks, ≥ 1, rounded down; or a schedule
             of it.
         where: which leaves are made sparse, by path and leaf; by default floating
@@ -99,7 +99,7 @@ def sparse(
         Pruning for Model Compression, 2017, https://arxiv.org/abs/1710.01878
     """
     score = scores.magnitude if score is None else score
-    allocation = allocations.uniform if allocation is None else allocation
+    allocation = allocations.square_root if allocation is None else allocation
     where = masks.weights if where is None else where
     check_sees_gradients(score)
     rule = Ranked(sparsity, score, pattern, allocation, axis_name)

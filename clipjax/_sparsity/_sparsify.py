@@ -61,8 +61,8 @@ def sparsify(
         pattern: in what shape zeros come, from `patterns`; or a function from path and
             leaf to a pattern: the leaves of each pattern then meet the sparsity by
             themselves.
-        allocation: how the leaves share the sparsity, from `allocations`;
-            by default `uniform`.
+        allocation: how the leaves share the sparsity, from `allocations`; by default
+            `square_root`, which lets larger ones be sparser.
         every: the number of steps between two masks, ≥ 1, rounded down; or a schedule
             of it.
         where: which leaves are made sparse, by path and leaf; by default floating
@@ -88,7 +88,7 @@ def sparsify(
         Pruning for Model Compression, 2017, https://arxiv.org/abs/1710.01878
     """
     score = scores.magnitude if score is None else score
-    allocation = allocations.uniform if allocation is None else allocation
+    allocation = allocations.square_root if allocation is None else allocation
     where = masks.weights if where is None else where
     rule = Ranked(sparsity, score, pattern, allocation, axis_name)
     store = Store(every, where, storage, axis_name, sparsity)
@@ -104,11 +104,11 @@ def sparsify(
         leaves = {p: x for p, x in leaves.items() if p in moves}
         now = Now(leaves, moves, before.score_memory, before.step)
         now = now._replace(memory=rule.track(now))
-        read, after = store.next(
+        read, after, _, _ = store.change(
             before._replace(score_memory=now.memory),
             leaves,
             is_due(before, store.every, store.sparsity),
-            lambda old: rule.masks(now, old),
+            lambda old, _: (rule.masks(now, old), ()),
         )
         outgoing = trees.map_by_path(emit.kept, updates, leaves, read())
         return outgoing, trees.boxed_as(after, state)

@@ -97,19 +97,6 @@ class Store:
         shares = state.leaf_sparsity
         return {p: masks.nonzero(x) | (shares[p] == 0) for p, x in leaves.items()}
 
-    def next(
-        self,
-        state: SparsifyState,
-        leaves: Leaves,
-        due: Bool[Array, ""],
-        make: Callable[[Masks], Masks],
-    ) -> tuple[Callable[[], Masks], SparsifyState]:
-        """Returns how to read this step's masks, new if they are due, and the state."""
-        read, after, _, _ = self.change(
-            state, leaves, due, lambda old, _: (make(old), ())
-        )
-        return read, after
-
     def change(
         self,
         state: SparsifyState,
@@ -120,10 +107,11 @@ class Store:
         other: PyTree = (),
         updates: Leaves | None = None,
     ) -> tuple[Callable[[], Masks], SparsifyState, PyTree, Bool[Array, ""]]:
-        """Does as `next`, and changes with the masks what else depends on them.
+        """Makes masks anew if they are due, and changes what else depends on them.
 
-        Where updates are given, nothing changes unless all of them are finite: whether
-        it did is the last result.  They are read only when masks are due.
+        Returns how to read the masks of this step, the state after it, what else there
+        is, and whether masks were made.  Where updates are given, nothing changes
+        unless all of them are finite; they are read only when masks are due.
 
         Masks are read where they are needed, since whatever enters a branch is written
         to memory: bits rather than masks.

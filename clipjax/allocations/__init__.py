@@ -19,7 +19,7 @@ from ._budget import Allocation
 from ._by_path import by_path, excluding
 from ._compared import global_, normalized
 from ._lamp import lamp
-from ._shapes import erdos_renyi, erdos_renyi_kernel, uniform
+from ._shapes import erdos_renyi, erdos_renyi_kernel, square_root, uniform
 
 __all__ = [
     "Allocation",
@@ -30,6 +30,7 @@ __all__ = [
     "global_",
     "lamp",
     "normalized",
+    "square_root",
     "uniform",
 ]
 

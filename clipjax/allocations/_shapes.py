@@ -44,6 +44,43 @@ def uniform(
     return kept_of(sparsity, sizes, [min(floor, n) for n in sizes]).to_integer()
 
 
+def square_root(
+    paths: Sequence[str],
+    shapes: Sequence[tuple[int, ...]],
+    sparsity: Number,
+    scores: Sequence[Scores] | None = None,
+    *,
+    floor: int = 1,
+) -> Int[Array, " arrays"]:
+    """Gives larger arrays a higher sparsity: what stays goes by the root of the size.
+
+    kᵢ = min(nᵢ, ε·√nᵢ), for nᵢ entries, with ε such that Σᵢ kᵢ = N - ⌈s·N⌉
+
+    Use it where nothing is known: it keeps small layers alive, as `erdos_renyi_kernel`
+    does, and reads sizes alone, so a leaf may be split in any way.  Where every step of
+    a search may compare all arrays, `normalized(0.5)` and `global_` are a little better
+    still.
+
+    Exactly that many stay, unless the floors ask for more: rounding goes to the largest
+    array that has room.
+
+    Args:
+        paths: of the arrays; not read.
+        shapes: of the arrays.
+        sparsity: s in [0, 1], read to seven decimals; may be traced.
+        scores: of the arrays; not read.
+        floor: entries that every array keeps.
+
+    Example:
+        >>> import clipjax
+        >>> clipjax.allocations.square_root(["a", "b"], [(300, 100), (10, 30)], 0.9)
+        Array([2755,  275], dtype=int32)
+    """
+    del paths, scores
+    ratios = [max(math.prod(s), 1) ** -0.5 for s in shapes]
+    return _proportional(shapes, np.array(ratios), sparsity, floor)
+
+
 def erdos_renyi(
     paths: Sequence[str],
     shapes: Sequence[tuple[int, ...]],

@@ -92,7 +92,7 @@ def latent(
             leaf to a pattern: the leaves of each pattern then meet the sparsity by
             themselves.
         allocation: how the leaves share the sparsity, from `allocations`;
-            by default `uniform`.
+            by default `square_root`.
         every: the number of steps between two masks, ≥ 1, rounded down; or a schedule
             of it.
         where: which leaves are made sparse, by path and leaf; by default floating
@@ -124,7 +124,7 @@ def latent(
         https://arxiv.org/abs/1608.04493; each method names its own.
     """
     score = scores.magnitude if score is None else score
-    allocation = allocations.uniform if allocation is None else allocation
+    allocation = allocations.square_root if allocation is None else allocation
     where = masks.weights if where is None else where
     check.has_method("update", inner=inner)
     check.one_of(Reparametrization, reparametrization=reparametrization)
