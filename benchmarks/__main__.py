@@ -104,7 +104,10 @@ Final validation loss, mean of three seeds, against the grid of fixed thresholds
 `clip_by_global_norm`; all else by its defaults, AGC with 0.01, and `zclip` as it was,
 with a ceiling of 1, which made it a clip at 1. A training that diverges counts as none
 at all. `adaptive_clip(ratio=0.02)` adds a bound by the parameters and was chosen on
-these workloads; its history was 1.05 of the 0.9-quantile of 64 norms.
+these workloads; its history was 1.05 of the 0.9-quantile of 64 norms. It is better than
+`adaptive_clip()` on all eight, most of all where gradients are too large from the first
+step on, for no fault of their own past: LeNet-5 at a rate of 0.4, the transformer with
+SGD. There a threshold, or `adaptive_grad_clip`, is the right tool.
 
 {losses}
 
@@ -189,6 +192,24 @@ units out. Dual averaging is an optimizer by itself, of SGD's kind.
 {tables}
 
 ![Scores against sparsity](methods.png)
+
+How the layers share the sparsity matters more than most of these methods. A small
+convolutional network with batch norm, images of 14×14, 95 % zeros by a cubic ramp, 600
+steps of 128 images; test errors, mean of three seeds:
+
+| allocation | MNIST | Fashion-MNIST |
+| ---------- | ----: | ------------: |
+| dense | 3.1 % | 13.6 % |
+| `uniform` | 44.5 % | 39.9 % |
+| `erdos_renyi_kernel` | 6.6 % | 17.5 % |
+| **`square_root`**, the default | 5.0 % | 17.1 % |
+| `global_` | 4.7 % | 16.3 % |
+| `normalized(0.5)` | 4.7 % | 16.0 % |
+| `lamp()` | 4.6 % | 16.2 % |
+
+The last three compare all entries of all layers with each other: on GPT-2 small their
+program is 1.9 to 3.2 times that of AdamW and takes six to seven times as long to
+compile, that of the default 0.6 times and 1.4 times as long.
 """,
 }
 

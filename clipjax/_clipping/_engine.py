@@ -265,7 +265,7 @@ def _init(plan: _Plan, params: PyTree) -> ClipByState:
                 rule = bound.rule(part.label)
                 if isinstance(rule, History) and part.label not in own:
                     own[part.label] = rule.empty(_blank(plan, leaves, path, division))
-            own = trees.remembered(params, own)
+            own = trees.remembered(params, own, boxes=False)
         memory.append(own)
     record = first() if plan.measures else UnmeasuredState(jnp.zeros([], jnp.int32))
     return ClipByState(record, tuple(memory))
@@ -359,18 +359,15 @@ def _step(
             f"state is of {len(state.threshold_memory)} bounds, but there are"
             f" {len(plan.bounds)}. Make a new one by `tx.init(params)`."
         )
-    now, memory, past = _Now(values, norm), [], state.threshold_memory
-    if plan.remembers:
-        past = trees.unboxed(past)
-    for i, (bound, old) in enumerate(zip(plan.bounds, past, strict=True)):
+    now, memory = _Now(values, norm), []
+    for i, (bound, old) in enumerate(
+        zip(plan.bounds, state.threshold_memory, strict=True)
+    ):
         now, new = _through(update, bound, division.parts[i], old, now)
         memory.append(new)
     changed = _applied(update, now)
     record = _recorded(update, state.clip, now, changed)
-    kept = tuple(memory)
-    if plan.remembers:
-        kept = trees.boxed_as(kept, state.threshold_memory)
-    return trees.replaced(updates, changed), ClipByState(record, kept)
+    return trees.replaced(updates, changed), ClipByState(record, tuple(memory))
 
 
 # How an update is measured

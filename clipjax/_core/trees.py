@@ -60,19 +60,21 @@ def replaced(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
     )
 
 
-def remembered(params: PyTree, entries: dict[str, Any]) -> Any:
+def remembered(params: PyTree, entries: dict[str, Any], *, boxes: bool = True) -> Any:
     """Returns entries by path, of new parameters, as a state keeps them.
 
     An array of the shape of its parameter comes in the box of that, as flax has them,
-    which says how it is split.
+    which says how it is split, if boxes are wanted.
 
     That is one array, where the parameters only stand for others, which
     `optax.tree_map_params` maps over: a dict by path is no tree of parameters.
     """
     if _is_stand_in(params):
         return jnp.zeros([], jnp.float32)
+    if not boxes:
+        return entries
     pairs = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_box)
-    boxes = {path(keys): node for keys, node in pairs if _is_box(node)}
+    found = {path(keys): node for keys, node in pairs if _is_box(node)}
 
     def boxed(box, x):
         (param,) = jax.tree.leaves(box)
@@ -80,9 +82,9 @@ def remembered(params: PyTree, entries: dict[str, Any]) -> Any:
         return jax.tree.map(lambda _: x, box) if is_alike else x
 
     return entries | {
-        p: jax.tree.map(functools.partial(boxed, boxes[p]), entry)
+        p: jax.tree.map(functools.partial(boxed, found[p]), entry)
         for p, entry in entries.items()
-        if p in boxes
+        if p in found
     }
 
 
