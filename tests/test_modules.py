@@ -297,23 +297,3 @@ def test_boxed_parameters_train_as_others_do():
     assert_same(
         clipjax.latents.latent_params(state, plain)["kernel"], other.latents["kernel"]
     )
-
-
-@pytest.mark.parametrize(
-    "tx",
-    [
-        clipjax.sparse(ADAM, 0.5, every=3),
-        clipjax.sparse(ADAM, 0.5, every=3, elementwise=True),
-        contrib.sparse_momentum(ADAM, 0.5, total_steps=9, key=jax.random.key(0)),
-    ],
-)
-def test_a_step_that_is_not_finite_stays_in_no_moment(tx):
-    params = {"kernel": jnp.arange(64.0).reshape(4, 16) - 31.5}
-    bad = {"kernel": params["kernel"].at[0, 0].set(jnp.nan)}
-    with relaxed():
-        updates, state = tx.update(params, tx.init(params), params)
-        params = optax.apply_updates(params, updates)
-        updates, after = tx.update(bad, state, params)
-    assert_same(after.sparse_inner, state.sparse_inner, rtol=0)
-    assert (updates["kernel"] == 0).all()  # what is pruned is at zero already
-    assert after.sparse.step == 2

@@ -131,7 +131,7 @@ def test_the_optimizer_sees_zeros_where_parameters_are_pruned():
 
     tx = quick(optax.GradientTransformationExtraArgs(init, spy), 0.5)
     params = {"kernel": jnp.array([[3.0, -1.0], [2.0, -4.0]])}
-    grads = {"kernel": jnp.array([[5.0, 7.0], [8.0, 6.0]])}
+    grads = {"kernel": jnp.array([[5.0, jnp.inf], [jnp.nan, 6.0]])}
     state = tx.init(params)
     for grad, value in [(params, 7), (grads, 8)]:
         updates, state = tx.update(grad, state, params, value=value, other=2)
@@ -317,16 +317,16 @@ def test_an_elementwise_optimizer_gives_the_same_parameters(name):
 
 
 def test_what_an_elementwise_optimizer_sees_is_as_it_is():
-    """What is remembered of a pruned entry does not come back with it."""
+    """No NaN of a pruned entry comes back with it."""
     tx = quick(optax.sgd(1.0, momentum=0.5), 0.5, elementwise=True, **MOVING)
     grads = [
         {"kernel": jnp.array([[4.0, 3.0, 2.0, 1.0]])},
-        {"kernel": jnp.array([[4.0, 3.0, 7.0, 1.0]])},
+        {"kernel": jnp.array([[4.0, 3.0, jnp.nan, 1.0]])},
         {"kernel": jnp.array([[4.0, 1.0, 3.0, 2.0]])},
     ]
     history = train(tx, {"kernel": jnp.full((1, 4), 8.0)}, grads)
     trace = history[1][1].sparse_inner[0].trace["kernel"]
-    np.testing.assert_array_equal(trace, [[6.0, 4.5, 8.0, 1.5]])
+    np.testing.assert_array_equal(trace, [[6.0, 4.5, np.nan, 1.5]])
     after = history[2][0]["kernel"]
     np.testing.assert_array_equal(after, [[8 - 4 - 6 - 7.0, 0, -3.0, 0]])
 

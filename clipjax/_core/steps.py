@@ -1,20 +1,16 @@
 """Taking the step of an inner transform, or none at all.
 
-By `jax.lax.cond`, where the step is all that is done; entry by entry, where XLA should
-fuse it with what is done to the same entries around it.
+By `jax.lax.cond` and not by `jnp.where`, which would need memory for both states.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
-
-from . import sharding, trees
 
 
 def step_if(
@@ -44,33 +40,6 @@ def step_if(
         return zeros, jax.tree.map(_laid_out, inner_state, states)
 
     return jax.lax.cond(condition, take, rest)
-
-
-def taken_if(
-    condition: Bool[Array, ""], outgoing: PyTree, after: Any, before: Any
-) -> tuple[PyTree, Any]:
-    """Returns a step and the state after it if the condition holds.
-
-    Else zeros and the state before.  What is remembered keeps its dtypes.
-    """
-
-    @functools.cache
-    def zero(dtype):  # which it is where it is used; one for all leaves
-        return condition.astype(dtype)
-
-    def step(x):
-        if not trees.is_float(x):
-            return x
-        zeros = sharding.like(jnp.broadcast_to(zero(x.dtype), x.shape), x)
-        return jax.lax.select_n(condition, zeros, x)
-
-    def state(new, old):
-        if not hasattr(old, "dtype"):
-            return new
-        return jax.lax.select_n(condition, sharding.like(old, new), new)
-
-    after = jax.tree.map(state, as_before(after, before), before)
-    return jax.tree.map(step, outgoing), after
 
 
 def as_before(after: PyTree, before: PyTree) -> PyTree:

@@ -101,8 +101,8 @@ def rigl(
     paper the step of a move trains nothing; here `inner` takes it too, with the new
     masks.  Masks are always stored, since a grown connection is zero until its first
     step.  A step with a NaN or an infinity in the gradients of the selected leaves
-    trains and moves nothing; the move is made up for, also if a wrapper discards the
-    step.  What `sparse` says of `inner` and of exact zeros holds here too.
+    moves nothing; the move is made up for, also if a wrapper discards the step.  What
+    `sparse` says of `inner` and of exact zeros holds here too.
 
     Args:
         inner: the optimizer, or a chain with it; extra arguments are passed on to it.

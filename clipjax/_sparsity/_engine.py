@@ -15,12 +15,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from .. import masks, norms
+from .. import masks
 from .._core import checks as check, emit, trees
 from .._core.bits import mask_of
 from .._core.eager import compiled
 from .._core.memory import restarted
-from .._core.steps import taken_if
 from ._ranked import Now
 from ._store import Leaves, Masks, SparsifyState, Store, hidden, is_due
 
@@ -94,21 +93,22 @@ def masked(
                 stays = {p: mask & mask_of(old[p]) for p, mask in stays.items()}
             return new, restarted(inner, inner_state, visible, stays)
 
-        known = jnp.isfinite(norms.inf_norm(moves, axis_name=store.axis_name))
         read, after, inner_state, made = store.change(
             before._replace(score_memory=now.memory),
             leaves,
-            known & is_due(before, store.every, store.sparsity),
+            is_due(before, store.every, store.sparsity),
             make,
             other=state.sparse_inner,
+            updates=moves,
         )
         kept = read()
 
         def seen(tree):
             return tree if elementwise else trees.map_by_path(hidden, tree, kept)
 
-        step = inner.update(seen(updates), inner_state, seen(params), **extra_args)
-        outgoing, inner_state = taken_if(known, *step, inner_state)
+        outgoing, inner_state = inner.update(
+            seen(updates), inner_state, seen(params), **extra_args
+        )
         number = state.masks_made + made.astype(jnp.int32)
         outgoing = trees.map_by_path(emit.kept, outgoing, leaves, kept)
         after = trees.boxed_as(after, state.sparse)

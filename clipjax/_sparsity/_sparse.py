@@ -46,13 +46,13 @@ def sparse(
     `elementwise=True` is faster, and gives the same parameters, if each entry of the
     update of `inner` depends on that entry alone and its memory is found as above: SGD,
     Adam, AdamW, Lion.  `inner` then sees everything, and its memory of a pruned entry
-    means nothing until the entry returns.  Do not use it with a clip by
+    means nothing (it may be NaN) until the entry returns.  Do not use it with a clip by
     norm, `optax.apply_if_finite`, Adafactor, LAMB, Muon or `optax.flatten`.
 
     Masks, storage, dtypes and due steps are those of `sparsify`, but a step with a NaN
     or an infinity in the gradient of a selected leaf makes no mask; the next one does.
-    Such a step trains nothing: `inner` keeps its state, and only what is pruned moves,
-    to zero.
+    It still reaches `inner`, in whose moments it may stay for ever, as without masks:
+    `clipjax.skip_spikes` or `optax.apply_if_finite`, around all of it, leaves it out.
 
     Donate the state (`jax.jit(step, donate_argnums=...)`) or step inside a scan, or XLA
     copies the moments in every step.
