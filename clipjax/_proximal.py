@@ -112,7 +112,7 @@ def proximal(
         del extra_args
         check.given_params("proximal", params)
         everything, moves = trees.floats(params), trees.floats(updates)
-        leaves = trees.chosen(params, where)
+        leaves = trees.chosen(trees.float_arrays(params), where)
         check.same_paths("share of zeros", state.prox_leaf_sparsity, leaves)
         leaves = {p: x for p, x in leaves.items() if p in moves}
         eta = trees.bound_at(learning_rate, state.step)

@@ -284,6 +284,26 @@ def test_a_variable_keeps_its_metadata_in_the_state(name):
         assert optax.tree.get(state, field)["kernel"].mine == "said"
 
 
+@jax.tree_util.register_static
+class Activation:
+    """As modules hold them: a node without arrays."""
+
+
+@pytest.mark.parametrize("make", [clipjax.adaptive_clip, lambda: clipjax.sparsify(0.5)])
+def test_parameters_may_hold_nodes_without_arrays_and_plain_numbers(make):
+    tx, params = make(), {"kernel": jnp.ones((4, 4)), "act": Activation()}
+    updates, _ = tx.update(params, tx.init(params), params | {"scale": 0.5})
+    assert spec(updates) == spec(params)
+
+
+def test_a_group_may_hold_nothing_that_a_choice_takes():
+    tx = clipjax.sparsify(0.5, where=lambda path, leaf: leaf.ndim == 2)
+    split = optax.partition({"a": tx, "b": tx}, {"kernel": "a", "bias": "b"})
+    params = {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}
+    updates, _ = split.update(params, split.init(params), params)
+    assert (updates["kernel"] == -1).sum() == 8
+
+
 def test_boxed_parameters_train_as_others_do():
     tx = clipjax.latent(ADAM, 0.5)
     plain = {"kernel": jnp.arange(64.0).reshape(4, 16) - 31}

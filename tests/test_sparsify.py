@@ -165,6 +165,18 @@ def test_with_magnitudes_a_pruned_entry_stays_pruned():
             np.testing.assert_array_equal(leaf == 0, kernels(history[0])[path] == 0)
 
 
+def test_a_slow_ramp_makes_no_more_masks_for_that():
+    """In float32 two steps of a long ramp are often of one value, before its end."""
+    tx = clipjax.sparsify(optax.polynomial_schedule(0.0, 0.9, 3, 10**6), every=50)
+    _, state = train(tx, normal(SMALL), normal(SMALL, seed=1), steps=40)
+    state = state._replace(step=jnp.int32(970_000), mask_age=jnp.int32(20))
+    update, ages = jax.jit(tx.update), []
+    for _ in range(40):
+        _, state = update(normal(SMALL, seed=1), state, normal(SMALL))
+        ages.append(int(state.mask_age))
+    assert ages == [*range(21, 51), *range(1, 11)]
+
+
 def test_a_falling_sparsity_lets_entries_return():
     fall = optax.piecewise_constant_schedule(0.8, {2: 0.25})
     tx = optax.chain(optax.sgd(0.05), clipjax.sparsify(fall))

@@ -36,21 +36,22 @@ def adaptive_clip(
 
     Use it before an optimizer whose gradients have spikes, where no threshold is known.
 
-    It goes by the gradient's own past, so the scale of the loss, of the parameters and
-    of the learning rate do not matter.  The more norms scatter, the further above the
-    median the threshold stands: at most a few of a hundred ordinary steps are touched.
-    Where they scatter by more than a factor of two they have a heavy tail, which needs
-    a clip, and the threshold falls to s.
+    It goes by the gradient's own past, whatever the scale of the loss, the parameters
+    and the learning rate.  The more norms scatter, the further above the median the
+    threshold stands: of lognormal norms with a deviation up to 0.4 it touches one or
+    two in a hundred.  Where they scatter more, from r = 1.8 on, they have a heavy tail,
+    which needs a clip: the threshold falls to s, and touches up to half of the steps.
+    So it does for some hundred steps after a level has changed, by a little.
 
     A spike comes out at the threshold and is remembered at no more than g thresholds:
     it neither lifts the threshold nor hides the next spike.  A lasting rise passes once
-    it fills half of the last 16 steps: one of 3x after some 4, one of 10x after 6.
+    it fills half of the last 16 steps: up to g-fold after 8, up to g²-fold after 16.
 
-    The first update has no past, and comes out at no more than a hundredth of its norm.
-    It is remembered at no more than g·T₀, T₀ = s₀·max(‖θ‖₂, 10⁻³), a small share of the
-    norm of the parameters θ, or without `params` as it is.  From there the threshold
-    grows, about tenfold in ten steps: gradients that explode from the first step on are
-    held back for as long.
+    The first update has no past, and comes out at no more than a hundredth of its norm
+    and T₀ = s₀·max(‖θ‖₂, 10⁻³), with the norm of the parameters θ, if they are given.
+    It is remembered at no more than g·max(T₀, n₀/1000).  From there the threshold
+    grows: the usual norm passes at once if it is below g·T₀, else after some 20 steps.
+    Gradients that explode from the first step on are held back for longer.
 
     A step with a NaN or an infinity becomes zero, is counted, and is not remembered.
 

@@ -60,7 +60,8 @@ class Bound:
         start: the rule by the parameters that is the bound as long as a rule by the
             past knows no norm; not used where `update` gets no parameters.
         first: the largest factor as long as a rule by the past knows no norm, in
-            [0, 1]; below one, a spike that comes first does not pass.
+            [0, 1]; below one, a spike that comes first does not pass, and is remembered
+            as if the threshold were at least a tenth of that share of it.
 
     Example:
         >>> import clipjax
@@ -641,9 +642,12 @@ def _compared(
     factor = trees.at_step(bound.response, update.step)(norm * margin, limit)
     if not isinstance(rule, History):
         return limit, factor, {}
+    told = limit
     if bound.first < 1:
         factor = jnp.where(is_first, jnp.minimum(factor, bound.first), factor)
-    sees = map(trees.single, (norm, limit, norm * factor))
+        least = bound.first / 10 * norm  # or a scale that is far off would take long
+        told = jnp.where(is_first, jnp.maximum(limit, least), limit)
+    sees = map(trees.single, (norm, told, norm * factor))
     tells = jnp.isfinite(update.norm) & (norm > 0)
     new = _kept(each(rule.remember)(past, *sees), past, tells, update.division.over)
     if not norm.ndim:

@@ -36,7 +36,7 @@ def not_negative(**values: Any) -> None:
 
 def between(_low: int | float, _high: int | float, **values: Any) -> None:
     """Raises unless every value lies in [low, high]."""
-    for name, value in _concrete(values, is_share=True):
+    for name, value in _concrete(values, is_share=(_low, _high) == (0, 1)):
         if not _low <= value <= _high:
             raise ValueError(
                 f"{name} must lie between {_low} and {_high}, but is {value!r}."

@@ -111,14 +111,13 @@ def _is_box(node: Any) -> bool:
 
 
 def _is_stand_in(params: PyTree) -> bool:
-    """Tells whether a tree holds a node without children that is no container."""
+    """Tells whether a tree holds a node that Optax has put in place of parameters."""
 
     def is_whole(node):
         return not isinstance(node, Mapping | list | tuple | None)
 
     nodes = jax.tree.leaves(params, is_leaf=is_whole)
-    kinds = map(jax.tree.structure, nodes)
-    return any(kind.num_nodes == 1 and not kind.num_leaves for kind in kinds)
+    return any(type(node).__module__.startswith("optax.") for node in nodes)
 
 
 def floats(tree: PyTree) -> dict[str, Any]:

@@ -32,7 +32,8 @@ def sparsify(
 
     A mask is made from the parameters at the start of a step, and is used until `every`
     steps are over, or until a schedule of the sparsity comes to rest: after as many
-    updates as a ramp has steps its end is met, whatever `every` is.  If a wrapper
+    updates as a ramp has steps its end is met, whatever `every` is.  (Not if
+    `optax.inject_hyperparams` evaluates it, which hands on a number.)  If a wrapper
     discards the step that makes a mask, the next step makes it.  With a magnitude score
     a pruned entry stays pruned unless the sparsity falls.  A NaN ranks lowest, but
     NaN + (-NaN) is NaN: it stays NaN.

@@ -82,7 +82,7 @@ class Store:
 
     def leaves(self, params: PyTree, state: SparsifyState) -> Leaves:
         """Returns by path the leaves with a mask, as this state must have them."""
-        leaves = trees.chosen(params, self.where)
+        leaves = trees.chosen(trees.float_arrays(params), self.where)
         check_masks(state, leaves, self.storage)
         return leaves
 
@@ -158,11 +158,12 @@ class Store:
 def chosen(params: PyTree, where: Where) -> Leaves:
     """Returns by path the leaves that are made sparse; some, if a user says which.
 
-    A tree may well have none of the leaves that are chosen by default, such as one
-    group of `optax.partition`.
+    A tree may well have none of those, such as the biases alone that are one group of
+    `optax.partition`.
     """
     leaves, every = trees.chosen(params, where), trees.floats(params)
-    if every and not leaves and where is not masks.weights:
+    has_matrix = any(jnp.ndim(x) > 1 for x in every.values())
+    if has_matrix and not leaves and where is not masks.weights:
         raise ValueError(
             f"where chooses none of the {len(every)} leaves of params, such as"
             f" {next(iter(every))!r}: nothing would become sparse. It gets such a path"
@@ -219,14 +220,15 @@ def is_due(
 ) -> Bool[Array, ""]:
     """Tells whether masks are as old as they may get, or a schedule has come to rest.
 
-    That is where the next step wants the same, but the masks were made for another
-    sparsity: a ramp is not left at the value that it had `every` steps before its end.
+    That is where it wants the same as long as masks may age, but they were made for
+    another sparsity: a ramp is not left at the value of `every` steps before its end.
     """
     steps = jnp.minimum(trees.value_at(every, state.step), 2.0**30)  # fits an int32
-    due = (state.mask_age == NEVER) | (state.mask_age >= steps.astype(jnp.int32))
+    steps = steps.astype(jnp.int32)
+    due = (state.mask_age == NEVER) | (state.mask_age >= steps)
     if callable(sparsity):
         made, now, later = (
-            target(sparsity, state.step + n) for n in (-state.mask_age, 0, 1)
+            target(sparsity, state.step + n) for n in (-state.mask_age, 0, steps)
         )
         due |= (now == later) & (now != made)
     return due

@@ -163,7 +163,8 @@ def latent(
     def update(updates, state, params=None, **extra_args):
         check.given_params("latent", params)
         boxes, state = state, _unboxed(state)
-        _check(state, trees.chosen(params, where), masking)
+        chosen_now = trees.chosen(trees.float_arrays(params), where)
+        _check(state, chosen_now, masking)
         slopes, leaves = trees.floats(updates), trees.floats(params)
         known = jnp.isfinite(norms.inf_norm(updates, axis_name=axis_name))
         moved, others = stepping.take(known, updates, state, params, extra_args)

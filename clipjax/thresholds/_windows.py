@@ -172,7 +172,7 @@ class WindowedSpread(_Window):
         factor: > 0.
         spread: a ≥ 0; norms with lognormal scatter exceed the threshold at 1.28·a of
             their deviations.
-        tail: c > 1, the larger, the later a tail is heavy; infinity for never.
+        tail: c ≥ 1, the larger, the later a tail is heavy; infinity for never.
         feed: what is remembered of a norm.
         window: w, how many norms are remembered; static.
 
@@ -193,7 +193,8 @@ class WindowedSpread(_Window):
 
     def __post_init__(self):
         """Checks the arguments."""
-        check.positive(factor=self.factor, tail=self.tail)
+        check.positive(factor=self.factor)
+        check.at_least(1, tail=self.tail)
         check.not_negative(spread=self.spread)
         check.function(feed=self.feed)
         if isinstance(self.feed, Winsorized):
@@ -206,7 +207,8 @@ class WindowedSpread(_Window):
         middle, high = _ranked(memory, 0.5, 0.9)
         (lately,) = _ranked(memory[..., :_LATELY], 0.5)
         spread, tail = (trees.like(x, middle) for x in (self.spread, self.tail))
-        ratio = jnp.where(jnp.isfinite(middle), high / middle, 1)
+        tells = jnp.isfinite(middle) & (middle > 0)
+        ratio = jnp.where(tells, high / jnp.where(tells, middle, 1), 1)
         times = jnp.minimum(ratio**spread, (tail / ratio) ** 6)
         usual = jnp.maximum(middle * times, lately)
         return trees.like(self.factor, usual) * usual
