@@ -131,7 +131,7 @@ median. The last row was chosen on these trainings too, which flatters it:
 | 1.5 · median of 64 norms | 1.01, 1.03 | 10 % | 1.35 |
 | 2 · median of 64 norms | 1.00, 1.01 | 3 % | 1.35 |
 | max(min(1.05 · Q₀.₉₅, 2 · median), s) of 128 norms | 0.99, 1.02 | 8 % | 1.38 |
-| **`adaptive_clip()`** | **0.99, 1.00** | **4 %** | **1.24** |
+| **`adaptive_clip()`** | **0.99, 1.00** | **4 %** | **1.25** |
 
 - A bound by the parameters is a bound on the gradient, whose scale is arbitrary: it
   strangles what starts at zero, has large targets or a small rate.
