@@ -511,7 +511,8 @@ def test_wrapped_it_trains_in_nnx(wrapper, linen_params, trained):
         pytest.skip("a `MaskedNode` does not fit into the optimizer of this flax")
     with relaxed():
         assert_same(train_nnx(WRAPPERS[wrapper](CHAIN), linen_params), trained)
-    assert 0.55 < (trained["dense"]["kernel"] == 0).mean() < 0.65
+    kernels = [layer["kernel"].ravel() for layer in trained.values()]
+    assert 0.59 < (jnp.concatenate(kernels) == 0).mean() < 0.61
 
 
 # Eight devices

@@ -23,7 +23,8 @@ def kept(size, sparsity):
 def test_the_smallest_become_zero_and_the_rest_stays(dtype):
     with x64(dtype == "float64"):
         params = normal(SHAPES, dtype=dtype)
-        pruned = jax.jit(functools.partial(clipjax.prune, sparsity=0.7))(params)
+        options = {"sparsity": 0.7, "allocation": allocations.uniform}
+        pruned = jax.jit(functools.partial(clipjax.prune, **options))(params)
         assert_same(pruned["a"]["bias"], params["a"]["bias"], rtol=0)
         for name in ("a", "b"):
             x = np.asarray(params[name]["kernel"], np.float64)
