@@ -48,9 +48,9 @@ PEERS = {  # at most so many times the operations of the peer
 WALKS = {  # functions and files of the package, from the factory to the traced update
     "clip_by_global_norm": (47, 7),
     "adaptive_grad_clip": (71, 10),
-    "adaptive_clip": (83, 10),
+    "adaptive_clip": (79, 10),
     "sparsify": (138, 21),
-    "rigl": (171, 25),
+    "rigl": (166, 24),
 }
 PAIRS = programs.pairs()
 

@@ -267,8 +267,7 @@ def in_turns(
     masks = []
     for i, shape in enumerate(shapes):
         packed, number = results[i]
-        columns = [-(-n // bits.BITS) for n in shape[-1:] or (1,)]
-        masks.append(Packed(packed.reshape(*shape[:-1], *columns), shape, number))
+        masks.append(Packed(packed.reshape(bits.packed_shape(shape)), shape, number))
     return masks
 
 
